@@ -1,0 +1,94 @@
+"""What a cloud holds, as plain records: the words that `cloud`, `lifecycle` and `status` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+#: Called with a short sentence while something is waited for ("server node-persist-ada is BUILD, 4 s").
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Site:
+    """How to reach a cloud. What differs between clouds is here, and nowhere else.
+
+    `clouds_file` and `cloud`/`object_cloud` name entries of a clouds.yaml; where `clouds_file` is None the
+    usual search path applies, and where `cloud` is None the `OS_*` environment does.
+    """
+
+    name: str
+    cloud: str | None
+    object_cloud: str | None
+    clouds_file: Path | None = None
+    region: str | None = None
+    object_region: str | None = None
+    network: str = "sharednet1"
+    external_network: str = "public"
+    needs_lease: bool = False
+    volume_type: str | None = None
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server as the compute API shows it; `address` is its floating IP."""
+
+    id: str
+    name: str
+    status: str
+    address: str | None
+    fixed_address: str | None
+    key_name: str | None
+    metadata: dict[str, str] = field(default_factory=dict)
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A block volume; `attached_to` is a server's id, `device` the cloud's idea of its path."""
+
+    id: str
+    name: str
+    size_gib: int
+    status: str
+    attached_to: str | None
+    device: str | None
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Container:
+    """A container of the object store; `bytes` is its content's size."""
+
+    name: str
+    objects: int
+    bytes: int
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Credential:
+    """An application credential. `secret` is known only to whoever made it."""
+
+    id: str
+    name: str
+    expires_at: str | None
+    secret: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An ingress rule of a security group: TCP, one port (1-65535), one source network."""
+
+    port: int
+    cidr: str = "0.0.0.0/0"
+
+
+@dataclass(frozen=True)
+class SecurityGroup:
+    """A security group that a lab wants to exist with at least these rules."""
+
+    name: str
+    rules: tuple[Rule, ...]
+    description: str = ""
