@@ -69,7 +69,11 @@ options:
         type: str
         choices: [started, stopped, unmanaged]
         default: unmanaged
-      restart_when: {description: Paths of this bundle whose change restarts the unit., type: list, elements: path, default: []}
+      restart_when:
+        description: Paths of this bundle whose change restarts the unit.
+        type: list
+        elements: path
+        default: []
 author: labctl
 attributes:
   check_mode: {support: full, description: Predicts.}
@@ -199,8 +203,6 @@ class Bundle:
         self.diffs = []
         self.changed_paths = []
         self.restarted = []
-        self.notes = []
-        self.fresh = set()
 
     def differs(self, path, before, after, sensitive=False):
         """Record a difference of a path."""
@@ -220,7 +222,6 @@ class Bundle:
             return
         self.differs(path, describe(found) + "\n", describe(wanted) + "\n")
         if self.check:
-            self.fresh.add(path)
             return
         if found is None:
             os.makedirs(path)
@@ -311,7 +312,9 @@ class Bundle:
         try:
             done = subprocess.run(
                 ["systemctl", "show", "--property=LoadState,ActiveState,UnitFileState,NeedDaemonReload", unit],
-                capture_output=True, text=True, check=False,
+                capture_output=True,
+                text=True,
+                check=False,
             )
         except FileNotFoundError:
             raise Refused("systemctl is missing: this host doesn't run systemd") from None
@@ -344,8 +347,12 @@ class Bundle:
         try:
             self.run("systemctl", verb, name)
         except Refused as refused:
-            log = subprocess.run(["journalctl", "-u", name, "-n", "15", "--no-pager", "-o", "cat"],
-                                 capture_output=True, text=True, check=False).stdout
+            log = subprocess.run(
+                ["journalctl", "-u", name, "-n", "15", "--no-pager", "-o", "cat"],
+                capture_output=True,
+                text=True,
+                check=False,
+            ).stdout
             raise Refused(f"{refused}\nThe last lines of its journal:\n{log.strip()}") from None
 
     def apply(self, params):
@@ -370,23 +377,33 @@ class Bundle:
 def specification():
     """The module's arguments."""
     text, path = {"type": "str", "required": True}, {"type": "path", "required": True}
-    ownership = {"mode": {"type": "str", "default": "0755"}, "owner": {"type": "str", "default": "root"},
-                 "group": {"type": "str", "default": "root"}}
+    ownership = {
+        "mode": {"type": "str", "default": "0755"},
+        "owner": {"type": "str", "default": "root"},
+        "group": {"type": "str", "default": "root"},
+    }
 
     def items(**options):
         return {"type": "list", "elements": "dict", "default": [], "options": options}
 
     return {
         "directories": items(path=path, **ownership),
-        "files": items(path=path, content={"type": "str", "required": True, "no_log": False},
-                       **{**ownership, "mode": {"type": "str", "default": "0644"}},
-                       sensitive={"type": "bool", "default": False}, create_only={"type": "bool", "default": False}),
+        "files": items(
+            path=path,
+            content={"type": "str", "required": True, "no_log": False},
+            **{**ownership, "mode": {"type": "str", "default": "0644"}},
+            sensitive={"type": "bool", "default": False},
+            create_only={"type": "bool", "default": False},
+        ),
         "absent": {"type": "list", "elements": "path", "default": []},
         "lines": items(path=path, line=text, regexp={"type": "str"}),
         "users_in_groups": items(user=text, groups={"type": "list", "elements": "str", "required": True}),
-        "units": items(name=text, enabled={"type": "bool"},
-                       state={"type": "str", "choices": ["started", "stopped", "unmanaged"], "default": "unmanaged"},
-                       restart_when={"type": "list", "elements": "path", "default": []}),
+        "units": items(
+            name=text,
+            enabled={"type": "bool"},
+            state={"type": "str", "choices": ["started", "stopped", "unmanaged"], "default": "unmanaged"},
+            restart_when={"type": "list", "elements": "path", "default": []},
+        ),
     }
 
 
@@ -397,10 +414,18 @@ def main():
     try:
         bundle.apply(module.params)
     except (Refused, OSError) as error:
-        module.fail_json(msg=str(error), changed=bool(bundle.changed_paths) and not module.check_mode,
-                         changed_paths=bundle.changed_paths, restarted=bundle.restarted)
-    module.exit_json(changed=bool(bundle.changed_paths), diff=bundle.diffs,
-                     changed_paths=bundle.changed_paths, restarted=bundle.restarted)
+        module.fail_json(
+            msg=str(error),
+            changed=bool(bundle.changed_paths) and not module.check_mode,
+            changed_paths=bundle.changed_paths,
+            restarted=bundle.restarted,
+        )
+    module.exit_json(
+        changed=bool(bundle.changed_paths),
+        diff=bundle.diffs,
+        changed_paths=bundle.changed_paths,
+        restarted=bundle.restarted,
+    )
 
 
 if __name__ == "__main__":

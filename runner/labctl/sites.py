@@ -1,0 +1,60 @@
+"""Clouds that labctl knows by name. A site is configuration only: every one of them is driven by the same code."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from labctl.lab import Lab
+from labctl.models import Site
+
+SANDBOX = "sandbox"
+CHAMELEON = "chameleon"
+
+
+def sandbox_state() -> Path:
+    """The sandbox's state directory; `$LABCTL_SANDBOX_STATE` moves it."""
+    return Path(os.environ.get("LABCTL_SANDBOX_STATE", "/var/lib/labctl-sandbox"))
+
+
+def site_of(lab: Lab) -> Site:
+    """The site of a lab: its preset, changed by the `cloud` section of lab.yaml.
+
+    chameleon: KVM@TACC has compute, network and volumes and demands leases; CHI@TACC has the object store.
+    Entries of these names are looked up in clouds.yaml; without them the `OS_*` environment of an openrc is used.
+    Any other name is an entry of clouds.yaml.
+    """
+    cloud = lab.cloud
+    if lab.site == SANDBOX:
+        preset = Site(
+            name=SANDBOX,
+            cloud="sandbox",
+            object_cloud="sandbox-objects",
+            clouds_file=sandbox_state() / "clouds.yaml",
+            region="KVM@TACC",
+            object_region="CHI@TACC",
+        )
+    elif lab.site == CHAMELEON:
+        preset = Site(
+            name=CHAMELEON,
+            cloud=None,
+            object_cloud=None,
+            region="KVM@TACC",
+            object_region="CHI@TACC",
+            needs_lease=True,
+            volume_type="ceph-ssd",
+        )
+    else:
+        preset = Site(name=lab.site, cloud=lab.site, object_cloud=lab.site)
+    return Site(
+        name=preset.name,
+        cloud=preset.cloud,
+        object_cloud=cloud.object_cloud or preset.object_cloud,
+        clouds_file=preset.clouds_file,
+        region=cloud.region or preset.region,
+        object_region=cloud.object_region or preset.object_region,
+        network=cloud.network or preset.network,
+        external_network=cloud.external_network or preset.external_network,
+        needs_lease=preset.needs_lease,
+        volume_type=cloud.volume_type or preset.volume_type,
+    )
