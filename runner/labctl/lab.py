@@ -131,7 +131,7 @@ class ObjectStoreSection(Section):
 
 
 class AccessSection(Section):
-    """Which networks reach the server. Services are reached through `labctl tunnel` unless `services_from` opens them."""
+    """Which networks reach the server. Unless `services_from` opens them, services are reached by `labctl tunnel`."""
 
     ssh_from: list[Cidr] = ["0.0.0.0/0"]
     services_from: list[Cidr] = []

@@ -1,0 +1,99 @@
+"""Says what is going on, on stderr: one line per step, what it waits for meanwhile, and how long it took.
+
+In a terminal the current step is a line that moves; elsewhere (a log, CI) there are plain lines and, so that nothing
+ever stands still in silence, a reminder every few seconds.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.markup import escape
+from rich.status import Status
+
+#: Seconds without a line after which a log that is not a terminal hears what is being waited for.
+REMINDER_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a step took, in seconds."""
+
+    step: str
+    seconds: float
+
+
+class Progress:
+    """Where the layers below `cli` report to; only this class writes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live: Status | None = None
+        self._step = ""
+        self._text = ""
+        self._said = 0.0
+        self._started = 0.0
+        self._lock = threading.Lock()
+        self.timings: list[Timing] = []
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[Progress]:
+        """A step with a beginning and an end; `tell` says in between what it is doing."""
+        self._step, self._text, self._started = title, "", time.monotonic()
+        stop = threading.Event()
+        if self._console.is_terminal:
+            self._live = self._console.status(escape(title))
+            self._live.start()
+        else:
+            self._say(f"{title} …")
+        ticker = threading.Thread(target=self._tick, args=(stop,), daemon=True)
+        ticker.start()
+        try:
+            yield self
+        except BaseException:
+            self._end(stop, ticker)
+            self._say(f"✗ {title}  ({self._elapsed():.1f} s)", style="red")
+            raise
+        self._end(stop, ticker)
+        self.timings.append(Timing(title, self._elapsed()))
+        done = f"✓ {title}"
+        self._say(
+            f"{done}: {self._text}  ({self._elapsed():.1f} s)" if self._text else f"{done}  ({self._elapsed():.1f} s)"
+        )
+
+    def tell(self, text: str) -> None:
+        """What the current step is doing or waiting for, in a few words."""
+        with self._lock:
+            self._text = text
+
+    def note(self, text: str, style: str | None = None) -> None:
+        """A line of its own: something a person should know, not tied to a step."""
+        self._say(text, style=style)
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._started
+
+    def _end(self, stop: threading.Event, ticker: threading.Thread) -> None:
+        stop.set()
+        ticker.join()
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _tick(self, stop: threading.Event) -> None:
+        while not stop.wait(0.25):
+            with self._lock:
+                text = f"{self._step}: {self._text}" if self._text else self._step
+            if self._live is not None:
+                self._live.update(f"{escape(text)} [dim]{self._elapsed():.0f} s[/dim]")
+            elif time.monotonic() - self._said > REMINDER_SECONDS:
+                self._say(f"  {text}  ({self._elapsed():.0f} s)")
+
+    def _say(self, text: str, style: str | None = None) -> None:
+        self._said = time.monotonic()
+        self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,132 @@
+"""Logging into the lab's server: the key, the known hosts, one command, and waiting until it answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from labctl.errors import ConfigError, ConvergeFailed, HostUnreachable
+from labctl.models import Tell
+
+#: A fresh VM's sshd answers within a minute on Chameleon; five cover a slow first boot.
+LOGIN_SECONDS = 300
+#: Seconds that one try to connect may take.
+CONNECT_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Login:
+    """How to reach a server: its address, the user, the private key, and where its host key is remembered."""
+
+    address: str
+    user: str
+    key: Path
+    known_hosts: Path
+
+    @property
+    def options(self) -> list[str]:
+        """The options of ssh for this server. Its host key is remembered on first sight and must not change after."""
+        return [
+            *("-i", str(self.key), "-o", "IdentitiesOnly=yes"),
+            *("-o", f"UserKnownHostsFile={self.known_hosts}", "-o", "StrictHostKeyChecking=accept-new"),
+            *("-o", f"ConnectTimeout={CONNECT_SECONDS}", "-o", "ServerAliveInterval=5", "-o", "LogLevel=ERROR"),
+        ]
+
+    def argv(self, *command: str, batch: bool = True) -> list[str]:
+        """The command line of ssh; with `batch`, nothing is ever asked."""
+        ask = ["-o", "BatchMode=yes"] if batch else []
+        return ["ssh", *self.options, *ask, f"{self.user}@{self.address}", *command]
+
+
+def ensure_key(path: Path) -> str:
+    """The public key of a private key; the pair is made if it isn't there. Returns one line of text."""
+    public = path.with_name(path.name + ".pub")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _ssh_keygen("-q", "-t", "ed25519", "-N", "", "-C", "labctl", "-f", str(path))
+    if public.exists():
+        return public.read_text().strip()
+    return _ssh_keygen("-y", "-P", "", "-f", str(path)).strip()
+
+
+def _ssh_keygen(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["ssh-keygen", *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise ConfigError("ssh-keygen is missing.", next_step="install the package openssh-client") from None
+    if done.returncode:
+        raise ConfigError(
+            "The SSH key can't be used.",
+            found=done.stderr.strip(),
+            source=arguments[-1],
+            next_step="name another key in lab.yaml (server.ssh_key), or put its .pub file beside it",
+        )
+    return done.stdout
+
+
+def forget(known_hosts: Path, address: str) -> None:
+    """Forget the host key of an address whose server has just been made anew."""
+    if known_hosts.exists():
+        subprocess.run(["ssh-keygen", "-q", "-R", address, "-f", str(known_hosts)], capture_output=True, check=False)
+
+
+def wait_for_login(login: Login, tell: Tell, timeout: float = LOGIN_SECONDS) -> None:
+    """Wait until the server can be logged into. Raises HostUnreachable with ssh's own words after `timeout` seconds."""
+    login.known_hosts.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    deadline = time.monotonic() + timeout
+    while True:
+        words = ""
+        try:
+            done = subprocess.run(
+                login.argv("true"), capture_output=True, text=True, check=False, timeout=CONNECT_SECONDS + 5
+            )
+            if done.returncode == 0:
+                return
+            words = done.stderr.strip()
+        except subprocess.TimeoutExpired:
+            words = f"no answer within {CONNECT_SECONDS} s"
+        changed_key = "REMOTE HOST IDENTIFICATION HAS CHANGED" in words or "Host key verification failed" in words
+        if changed_key or time.monotonic() > deadline:
+            raise _unreachable(login, words, changed_key)
+        tell(f"waiting for sshd on {login.address} ({words.splitlines()[-1] if words else 'no answer'})")
+        time.sleep(1)
+
+
+def _unreachable(login: Login, words: str, changed_key: bool) -> HostUnreachable:
+    next_step = "check that a security group lets port 22 in from here, and `labctl status`; then run the command again"
+    if changed_key:
+        next_step = (
+            f"if the server was made anew by somebody else: ssh-keygen -R {login.address} -f {login.known_hosts}"
+        )
+    return HostUnreachable(
+        f"{login.user}@{login.address} can't be logged into.",
+        expected="a login with the lab's key",
+        found=words or "no answer",
+        source=f"key {login.key}",
+        next_step=next_step,
+    )
+
+
+def run_python(login: Login, script: Path, *arguments: str, timeout: float = 60) -> Any:
+    """Run a Python script as root on the server, sent over standard input; it prints JSON, which is returned."""
+    try:
+        done = subprocess.run(
+            login.argv("sudo", "-n", "python3", "-", *arguments),
+            input=script.read_text(),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired:
+        raise _unreachable(login, f"no answer within {timeout:.0f} s", changed_key=False) from None
+    if done.returncode == os.EX_OK:
+        return json.loads(done.stdout)
+    if done.returncode == 255:  # ssh's own failures
+        raise _unreachable(login, done.stderr.strip(), changed_key=False)
+    raise ConvergeFailed(f"{script.name} failed on {login.address}.", detail=done.stderr.strip())
