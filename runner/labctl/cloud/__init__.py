@@ -1,0 +1,11 @@
+"""The only place that knows OpenStack: what a lab needs is found there, or made, or taken down.
+
+Every function finds what exists (made by labctl, by hand, or by the tutorial) before it makes anything, so an
+interrupted command is mended by running it again. What the cloud refuses arrives as `CloudRefused` with the
+cloud's own words; what it doesn't answer, too.
+"""
+
+#: Metadata key (server, volume, container) with the lab's name: tells whose it is in a shared project.
+META_LAB = "labctl_lab"
+#: Server metadata key with the id of the application credential that the server reads the object store with.
+META_CREDENTIAL = "labctl_credential_id"

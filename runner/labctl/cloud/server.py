@@ -1,0 +1,275 @@
+"""Servers: find, create, wait, tag, delete."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from labctl.cloud.refusals import refusals, status_of
+from labctl.cloud.session import Cloud
+from labctl.cloud.wait import wait_until
+from labctl.errors import CloudRefused
+from labctl.models import Server, Tell
+
+#: Seconds until ACTIVE. A KVM server takes 20 to 60 s, one whose image isn't on the hypervisor yet several minutes.
+ACTIVE_TIMEOUT = 600
+#: Seconds until a deleted server is gone. Usually 5 s; a hypervisor under load took minutes.
+DELETE_TIMEOUT = 300
+#: Seconds until Nova's record shows an address that Neutron has associated (1 to 2 s seen).
+ADDRESS_TIMEOUT = 60
+
+
+def find(cloud: Cloud, name: str) -> Server | None:
+    """The server of that name, or None. One request.
+
+    Raises CloudRefused when the project has several: names aren't unique, and guessing one could cost data.
+    """
+    with refusals(f"look for server {name}"):
+        found = [s for s in cloud.compute.compute.servers(details=True, name=f"^{name}$") if s.name == name]
+    if len(found) > 1:
+        raise CloudRefused(
+            f"there are {len(found)} servers called {name}",
+            expected="one",
+            found="; ".join(f"{s.id} ({s.status}, made {s.created_at})" for s in found),
+            next_step="rename or delete the others: openstack server set --name NEW ID",
+        )
+    return record(found[0]) if found else None
+
+
+def get(cloud: Cloud, server_id: str) -> Server | None:
+    """The server with that id, or None. One request."""
+    with refusals(f"read server {server_id}"):
+        try:
+            return record(cloud.compute.compute.get_server(server_id))
+        except Exception as error:
+            if status_of(error) == 404:
+                return None
+            raise
+
+
+def record(server: Any) -> Server:
+    """labctl's record of an openstacksdk server."""
+    addresses = [entry for network in (server.addresses or {}).values() for entry in network]
+
+    def address(kind: str) -> str | None:
+        return next(
+            (str(e["addr"]) for e in addresses if e.get("OS-EXT-IPS:type") == kind and e.get("version", 4) == 4), None
+        )
+
+    fault = getattr(server, "fault", None) or {}
+    return Server(
+        id=str(server.id),
+        name=str(server.name),
+        status=str(server.status),
+        address=address("floating"),
+        fixed_address=address("fixed"),
+        key_name=server.key_name,
+        metadata={str(k): str(v) for k, v in (server.metadata or {}).items()},
+        fault=" ".join(str(fault.get(k) or "") for k in ("code", "message")).strip(),
+    )
+
+
+def create(
+    cloud: Cloud,
+    name: str,
+    *,
+    image: str,
+    flavor: str,
+    network: str,
+    key_name: str,
+    groups: Sequence[str],
+    metadata: dict[str, str],
+    user_data: str | None = None,
+) -> Server:
+    """Asks for a new server and reads it back by its id; it is BUILD then. `groups` are security group ids or names.
+
+    Does not look for an existing one of that name: `find` does. Raises CloudRefused listing what there is when
+    image, flavor or network don't exist, and with the quota's words when it is used up.
+    """
+    image_id, flavor_id, network_id = _image(cloud, image), _flavor(cloud, flavor), network_of(cloud, network)
+    request: dict[str, Any] = {
+        "name": name,
+        "image_id": image_id,
+        "flavor_id": flavor_id,
+        "networks": [{"uuid": network_id}],
+        "key_name": key_name,
+        "security_groups": [{"name": group} for group in groups],
+        "metadata": metadata,
+    }
+    if user_data is not None:
+        import base64
+
+        request["user_data"] = base64.b64encode(user_data.encode()).decode()
+    with refusals(f"create server {name} ({flavor}, {image})"):
+        made = cloud.compute.compute.create_server(**request)
+        return record(cloud.compute.compute.get_server(made.id))
+
+
+def _image(cloud: Cloud, wanted: str) -> str:
+    with refusals(f"look for image {wanted}"):
+        found = [i for i in cloud.compute.image.images(name=wanted) if i.name == wanted]
+        if not found:
+            everything = list(cloud.compute.image.images())
+            found = [i for i in everything if i.id == wanted]
+    if not found:
+        raise _absent("image", wanted, [str(i.name) for i in everything if i.status == "active"])
+    active = [i for i in found if i.status == "active"]
+    if len(active) != 1:
+        raise CloudRefused(
+            f"image {wanted} is not one usable image",
+            expected="exactly one that is active",
+            found="; ".join(f"{i.id} ({i.status}, {i.visibility}, made {i.created_at})" for i in found),
+            next_step="give the image's id instead of its name in lab.yaml",
+        )
+    return str(active[0].id)
+
+
+def _flavor(cloud: Cloud, wanted: str) -> str:
+    with refusals(f"look for flavor {wanted}"):
+        flavors = list(cloud.compute.compute.flavors(details=False))
+    for flavor in flavors:
+        if wanted in (flavor.name, flavor.id):
+            return str(flavor.id)
+    raise _absent("flavor", wanted, [str(f.name) for f in flavors])
+
+
+def network_of(cloud: Cloud, wanted: str) -> str:
+    """The id of the network with that name (or id). Raises CloudRefused listing what there is."""
+    with refusals(f"look for network {wanted}"):
+        networks = list(cloud.compute.network.networks())
+    found = [n for n in networks if wanted in (n.name, n.id)]
+    if not found:
+        raise _absent("network", wanted, [str(n.name) for n in networks])
+    if len(found) > 1:
+        raise CloudRefused(
+            f"there are {len(found)} networks called {wanted}",
+            expected="one",
+            found="; ".join(str(n.id) for n in found),
+            next_step="give the network's id instead of its name in lab.yaml",
+        )
+    return str(found[0].id)
+
+
+def _absent(kind: str, wanted: str, names: list[str]) -> CloudRefused:
+    shown = sorted(set(names), key=lambda n: (not n.startswith("CC-"), n))
+    more = f" and {len(shown) - 40} more" if len(shown) > 40 else ""
+    return CloudRefused(
+        f"there is no {kind} {wanted}",
+        expected=f"one of: {', '.join(shown[:40])}{more}" if shown else f"at least one {kind} in the project",
+        found=wanted,
+        source="lab.yaml",
+        next_step=f"set another {kind} in lab.yaml",
+    )
+
+
+def wait_active(cloud: Cloud, server_id: str, tell: Tell, timeout: float = ACTIVE_TIMEOUT) -> Server:
+    """Waits until the server is ACTIVE. A stopped or paused one is refused at once, with what to run.
+
+    Raises CloudRefused with the fault's text on ERROR, when it vanishes, and after `timeout` seconds.
+    """
+    seen: list[Server] = []
+
+    def look() -> tuple[Server | None, str]:
+        server = get(cloud, server_id)
+        if server is None:
+            raise CloudRefused(
+                f"server {server_id} vanished while it was waited for", next_step="run the same command again"
+            )
+        seen[:] = [server]
+        if server.status == "ERROR":
+            raise CloudRefused(
+                f"server {server.name} is in ERROR",
+                expected="ACTIVE",
+                found=server.fault or "no reason given by the cloud",
+                next_step="labctl down, then labctl up; if it happens again, another flavor or the help desk",
+                detail=server.fault,
+            )
+        if server.status in _START_WITH:
+            raise CloudRefused(
+                f"server {server.name} is {server.status}",
+                expected="ACTIVE",
+                found=server.status,
+                next_step=f"openstack server {_START_WITH[server.status]} {server.id}, then run the same command again",
+            )
+        return (server if server.status == "ACTIVE" else None), f"server {server.name} is {server.status}"
+
+    server, _, passed = wait_until(look, tell, timeout)
+    if server is None:
+        raise CloudRefused(
+            f"server {seen[0].name} is still {seen[0].status} after {passed:.0f} s",
+            expected=f"ACTIVE within {timeout:.0f} s",
+            found=seen[0].status,
+            next_step="run the same command again to go on waiting, or labctl down",
+        )
+    return server
+
+
+_START_WITH = {
+    "SHUTOFF": "start",
+    "PAUSED": "unpause",
+    "SUSPENDED": "resume",
+    "SHELVED": "unshelve",
+    "SHELVED_OFFLOADED": "unshelve",
+    "RESCUE": "unrescue",
+}
+
+
+def start(cloud: Cloud, server_id: str) -> None:
+    """Starts a server that is SHUTOFF; nothing happens to one that runs."""
+    with refusals(f"start server {server_id}"):
+        try:
+            cloud.compute.compute.start_server(server_id)
+        except Exception as error:
+            if status_of(error) != 409:
+                raise
+
+
+def wait_address(cloud: Cloud, server_id: str, tell: Tell, timeout: float = ADDRESS_TIMEOUT) -> Server:
+    """Waits until the server's record shows its floating IP. Raises CloudRefused after `timeout` seconds."""
+
+    def look() -> tuple[Server | None, str]:
+        server = get(cloud, server_id)
+        return (server if server and server.address else None), "the server's record has no floating IP yet"
+
+    server, seen, passed = wait_until(look, tell, timeout)
+    if server is None:
+        raise CloudRefused(
+            f"{seen} after {passed:.0f} s",
+            expected="the associated address",
+            found="none",
+            next_step="run the same command again; if it stays so: openstack server show " + server_id,
+        )
+    return server
+
+
+def set_metadata(cloud: Cloud, server_id: str, **metadata: str) -> None:
+    """Adds or replaces metadata items; others stay. At most 255 characters a value."""
+    with refusals(f"tag server {server_id}"):
+        cloud.compute.compute.set_server_metadata(server_id, **metadata)
+
+
+def delete(cloud: Cloud, server_id: str, tell: Tell, *, wait: bool = True, timeout: float = DELETE_TIMEOUT) -> bool:
+    """Deletes the server, waits until it is gone; its volumes and floating IP stay. False when there was none."""
+    with refusals(f"delete server {server_id}"):
+        try:
+            cloud.compute.compute.delete_server(server_id, ignore_missing=False)
+        except Exception as error:
+            if status_of(error) == 404:
+                return False
+            raise
+
+    def look() -> tuple[bool | None, str]:
+        server = get(cloud, server_id)
+        if server is None or server.status in ("DELETED", "SOFT_DELETED"):
+            return True, "gone"
+        return None, f"server {server.name} is being deleted ({server.status})"
+
+    if not wait:
+        return True
+    gone, seen, passed = wait_until(look, tell, timeout)
+    if not gone:
+        raise CloudRefused(
+            f"{seen}, and not gone after {passed:.0f} s",
+            next_step="run the same command again, or ask the site's help desk",
+        )
+    return True

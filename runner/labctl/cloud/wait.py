@@ -1,0 +1,32 @@
+"""Waiting for a state, with a time-out and a word every second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from labctl.models import Tell
+
+#: Seconds between two looks. States change within seconds; once a second keeps `tell` below its 2 s and the API calm.
+INTERVAL = 1.0
+
+T = TypeVar("T")
+
+
+def wait_until(
+    look: Callable[[], tuple[T | None, str]], tell: Tell, timeout: float, interval: float = INTERVAL
+) -> tuple[T | None, str, float]:
+    """Looks until `look` gives a result, or `timeout` seconds are over.
+
+    `look` returns the result (None: not yet) and a sentence about what it saw, which `tell` gets with the seconds
+    passed. Returns the result (None after the time-out), the last sentence and the seconds waited.
+    """
+    started = time.monotonic()
+    while True:
+        result, seen = look()
+        passed = time.monotonic() - started
+        if result is not None or passed >= timeout:
+            return result, seen, passed
+        tell(f"{seen}, {passed:.0f} s")
+        time.sleep(min(interval, max(0.0, timeout - passed)))
