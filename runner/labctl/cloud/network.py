@@ -112,7 +112,7 @@ def _add_rules(cloud: Cloud, group_id: str, name: str, rules: Sequence[Rule]) ->
 
 
 def put_groups_on(cloud: Cloud, server: Server, group_ids: Sequence[str]) -> bool:
-    """Adds the groups that the server's port lacks (an adopted server, say); True if any. One request when it has all."""
+    """Adds the groups that the server's port lacks (an adopted server's, say); True if any. One request if none."""
     with refusals(f"put the security groups on server {server.name}"):
         ports = list(cloud.compute.network.ports(device_id=server.id))
         port = _port(ports, server)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from labctl.cloud.refusals import refusals, status_of
+from labctl.cloud.refusals import refusals, status_of, words_of
 from labctl.cloud.session import Cloud
 from labctl.cloud.wait import wait_until
 from labctl.errors import CloudRefused
@@ -15,6 +15,10 @@ STATUS_TIMEOUT = 180
 
 #: States that pass by themselves.
 PASSING = frozenset({"creating", "attaching", "detaching", "reserved", "downloading", "extending", "deleting"})
+
+
+#: What Nova's 400 says when trying again in a second helps.
+_RACES = ("status must be", "already attached to instances")
 
 
 def find(cloud: Cloud, name: str) -> Volume | None:
@@ -156,11 +160,10 @@ def _request_attachment(cloud: Cloud, server: Server, volume: Volume) -> str:
         try:
             cloud.compute.compute.create_volume_attachment(server.id, volume_id=volume.id)
         except Exception as error:
-            # 409: the server is busy with another task; 400: the volume's state changed since it was read.
-            from labctl.cloud.refusals import words_of
-
+            # 409: the server is busy with another task. 400: the volume's state changed since it was read, or
+            # Cinder calls it available while Nova still tidies up the last attachment (both seen).
             said = words_of(error)
-            if status_of(error) == 409 or (status_of(error) == 400 and "status must be" in said):
+            if status_of(error) == 409 or (status_of(error) == 400 and any(text in said for text in _RACES)):
                 return said
             raise
     return ""
@@ -217,8 +220,6 @@ def detach(cloud: Cloud, server_id: str, volume: Volume, tell: Tell, timeout: fl
 
 
 def _request_detachment(cloud: Cloud, server_id: str, volume: Volume) -> str:
-    from labctl.cloud.refusals import words_of
-
     with refusals(f"detach volume {volume.name}"):
         try:
             cloud.compute.compute.delete_volume_attachment(server_id, volume.id, ignore_missing=True)
