@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from labctl.cloud.refusals import refusals
+from labctl.cloud.traffic import Traffic
 from labctl.errors import CloudRefused, ConfigError
 from labctl.models import Site
 
@@ -24,17 +25,6 @@ CONNECT_TIMEOUT = 10
 ANSWER_TIMEOUT = 60
 
 _CREDENTIAL_HELP = "see Chameleon's Horizon: Identity > Application Credentials > Create, and download its clouds.yaml"
-
-
-@dataclass
-class Traffic:
-    """The API requests made so far: method, URL without query, status."""
-
-    log: list[tuple[str, str, int]] = field(default_factory=list)
-
-    def note(self, response: Any, *_: Any, **__: Any) -> None:
-        """A response hook of `requests`."""
-        self.log.append((str(response.request.method), str(response.url).partition("?")[0], int(response.status_code)))
 
 
 @dataclass(frozen=True)
@@ -161,7 +151,7 @@ def _open(login: _Login, traffic: Traffic) -> tuple[Any, Any]:
         with refusals("log in", source=login.source):
             session = chi.session().session
             session.timeout = (CONNECT_TIMEOUT, ANSWER_TIMEOUT)
-            session.session.hooks["response"].append(traffic.note)
+            traffic.watch(session.session)
             access = session.auth.get_access(session)
     if not access.project_id:
         raise CloudRefused(

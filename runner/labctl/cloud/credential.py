@@ -1,0 +1,114 @@
+"""The lab's own application credential, with which a server reads the object store and nothing more than it must."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from labctl.cloud.refusals import refusals, status_of, words_of
+from labctl.cloud.session import Cloud
+from labctl.errors import CloudRefused
+from labctl.models import Credential
+
+#: How long a credential lives when nobody says otherwise: a semester's month; `up` makes a new one before that.
+LIFETIME = timedelta(days=30)
+#: Roles that a credential is narrowed to where the user has them. `member` reads and writes objects; `reader` is what
+#: newer policies ask for when listing (a member-only credential gets 403 at Chameleon).
+ROLES = ("member", "reader")
+
+
+def name_of(lab: str, server_id: str) -> str:
+    """`labctl-LAB-` and the first eight characters of the server's id."""
+    return f"labctl-{lab}-{server_id[:8]}"
+
+
+def create(cloud: Cloud, lab: str, server_id: str, expires_at: datetime | None = None) -> Credential:
+    """Makes the credential for a server; its secret is in the result and can never be read again.
+
+    One of the same name (a run that was cut off before it could hand the secret over) is replaced. `expires_at`:
+    aware datetime, default now + LIFETIME. Raises CloudRefused, with how to make one by hand, where the login is
+    an application credential itself and so may not make others.
+    """
+    store = cloud.store
+    name = name_of(lab, server_id)
+    ends = (expires_at or datetime.now(UTC) + LIFETIME).astimezone(UTC)
+    roles = [role for role in ROLES if role in store.roles] or list(store.roles)
+    request = {
+        "application_credential": {
+            "name": name,
+            "description": f"labctl: lab {lab}, server {server_id}",
+            "expires_at": ends.strftime("%Y-%m-%dT%H:%M:%S"),
+            "roles": [{"name": role} for role in roles],
+            "unrestricted": False,
+        }
+    }
+    for old in list_ours(cloud, lab):
+        if old.name == name:
+            delete(cloud, old.id)
+    with refusals(f"make the application credential {name}"):
+        response = _post(cloud, request)
+    made = response["application_credential"]
+    return Credential(str(made["id"]), str(made["name"]), made.get("expires_at"), str(made["secret"]))
+
+
+def _post(cloud: Cloud, request: dict[str, Any]) -> dict[str, Any]:
+    """Posts with the libraries' logging off: the answer holds the secret, and their debug log prints bodies."""
+    from openstack.exceptions import raise_from_response
+
+    url = f"/users/{cloud.store.user_id}/application_credentials"
+    response = cloud.objects.identity.post(url, json=request, log=False, raise_exc=False)
+    try:
+        raise_from_response(response)
+    except Exception as error:
+        if status_of(error) == 403:
+            raise by_hand(cloud, request, words_of(error)) from None
+        raise
+    return dict(response.json())
+
+
+def by_hand(cloud: Cloud, request: dict[str, Any], said: str) -> CloudRefused:
+    """What to do where the API makes no credential for us."""
+    wanted = request["application_credential"]
+    roles = " ".join(f"--role {role['name']}" for role in wanted["roles"])
+    return CloudRefused(
+        "the login may not make application credentials",
+        expected="a password or token login, or an unrestricted application credential",
+        found=f"HTTP 403: {said}",
+        source=f"login at {cloud.store.auth_url}",
+        next_step=(
+            f"make one by hand in Horizon at {cloud.store.region} (Identity > Application Credentials > Create: name "
+            f"{wanted['name']}, expiration, roles), or with a password login: openstack application credential create "
+            f"{roles} --expiration {wanted['expires_at']} {wanted['name']}"
+        ),
+        detail=said,
+    )
+
+
+def list_ours(cloud: Cloud, lab: str) -> list[Credential]:
+    """The lab's credentials, of whatever server, without their secrets. One request."""
+    user = cloud.store.user_id
+    with refusals("list the application credentials"):
+        listed = list(cloud.objects.identity.application_credentials(user=user))
+    prefix = f"labctl: lab {lab}, server "
+    return [
+        Credential(str(c.id), str(c.name), str(c.expires_at) if c.expires_at else None)
+        for c in listed
+        if str(c.name).startswith(f"labctl-{lab}-") and str(c.description or "").startswith(prefix)
+    ]
+
+
+def delete(cloud: Cloud, credential_id: str) -> bool:
+    """Revokes a credential; False when it was gone. Raises CloudRefused (403) for a login that may not."""
+    with refusals(
+        f"revoke application credential {credential_id}",
+        next_step=f"with a password login: openstack application credential delete {credential_id}",
+    ):
+        try:
+            cloud.objects.identity.delete_application_credential(
+                cloud.store.user_id, credential_id, ignore_missing=False
+            )
+        except Exception as error:
+            if status_of(error) == 404:
+                return False
+            raise
+    return True
