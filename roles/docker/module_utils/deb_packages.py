@@ -1,0 +1,1 @@
+../../rclone/module_utils/deb_packages.py
