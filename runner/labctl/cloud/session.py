@@ -70,6 +70,20 @@ class Cloud:
         return self._store
 
     @property
+    def object_auth_url(self) -> str:
+        """Keystone's URL at the object store's site. No request."""
+        return self._object_login.values["auth_url"]
+
+    @property
+    def object_region(self) -> str:
+        """The object store's region. No request where the configuration names it."""
+        return self._object_login.region or self.store.region
+
+    @property
+    def _object_login(self) -> _Login:
+        return _login(self.site, self.site.object_cloud or self.site.cloud, self.site.object_region)
+
+    @property
     def objects(self) -> Any:
         """The openstack Connection for the object store's region."""
         return self.store.connection
@@ -108,8 +122,7 @@ def connect(site: Site) -> Cloud:
 
 
 def _open_store(cloud: Cloud) -> _Store:
-    site = cloud.site
-    login = _login(site, site.object_cloud or site.cloud, site.object_region)
+    login = cloud._object_login
     same = (login.auth_type, login.values) == (cloud._login.auth_type, cloud._login.values)
     if same:
         session = cloud.compute.session
