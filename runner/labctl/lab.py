@@ -13,7 +13,17 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from labctl.errors import ConfigError
@@ -192,7 +202,10 @@ class Lab(Section):
     access: AccessSection = AccessSection()
     services: ServicesSection = ServicesSection()
     images: ImagesSection = ImagesSection()
-    dataset: Literal["food11"] | Dataset = "food11"
+    dataset: Annotated[
+        Annotated[Literal["food11"], Tag("built-in")] | Annotated[Dataset, Tag("described")],
+        Discriminator(lambda value: "described" if isinstance(value, dict | Dataset) else "built-in"),
+    ] = "food11"
 
     _file: Path | None = PrivateAttr(default=None)
     _lines: dict[tuple[str, ...], int] = PrivateAttr(default_factory=dict)
@@ -325,8 +338,8 @@ def _explain(path: Path, lines: dict[tuple[str, ...], int], error: ValidationErr
 
 def _mistake(path: Path, lines: dict[tuple[str, ...], int], item: dict[str, Any]) -> tuple[str, str, str, str]:
     """(source, sentence, expected, found) of one of pydantic's errors."""
-    # a union (dataset) puts the name of its alternative into the place: keep what names a key
-    place = tuple(str(part) for part in item["loc"] if str(part) not in ("Dataset", "literal['food11']"))
+    # a union puts the tag of its alternative into the place: keep what names a key
+    place = tuple(str(part) for part in item["loc"] if str(part) not in ("described", "built-in"))
     place += tuple(item.get("ctx", {}).get("key", "").split(".")) if item["type"] == "labctl" else ()
     known = next((place[:n] for n in range(len(place), 0, -1) if place[:n] in lines), ())
     source = f"{path}:{lines[known]}" if known else str(path)

@@ -130,3 +130,22 @@ def run_python(login: Login, script: Path, *arguments: str, timeout: float = 60)
     if done.returncode == 255:  # ssh's own failures
         raise _unreachable(login, done.stderr.strip(), changed_key=False)
     raise ConvergeFailed(f"{script.name} failed on {login.address}.", detail=done.stderr.strip())
+
+
+def replace_process(login: Login, command: list[str]) -> None:
+    """Become ssh, logged into the server or running a command there; does not return."""
+    os.execvp("ssh", login.argv(*command, batch=False))  # noqa: S606 (no shell is what is wanted)
+
+
+def forward_ports(login: Login, ports: list[int]) -> None:
+    """Forward ports of this machine's 127.0.0.1 to the same ones on the server's, until interrupted."""
+    forwards = [part for port in ports for part in ("-L", f"127.0.0.1:{port}:127.0.0.1:{port}")]
+    options = ["-N", "-o", "ExitOnForwardFailure=yes", *forwards]
+    command = login.argv()
+    done = subprocess.run([*command[:1], *options, *command[1:]], check=False)
+    if done.returncode:
+        raise HostUnreachable(
+            "The tunnel broke.",
+            found=f"ssh ended with {done.returncode}",
+            next_step="check that none of the ports is taken on this machine, and labctl status",
+        )

@@ -1,0 +1,397 @@
+"""The order of steps of every command, readable top to bottom.
+
+Each command finds what is there before it makes or stops anything, so one that was interrupted is mended by running it
+again. What is durable (volume, container) and what is disposable (server, address, credential) is decided here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from labctl import ansible, ssh
+from labctl import inventory as inventories
+from labctl import lab as labs
+from labctl.ansible import Outcome, Run, Step
+from labctl.cloud import META_CREDENTIAL, META_LAB
+from labctl.cloud import credential as credentials
+from labctl.cloud import keypair as keypairs
+from labctl.cloud import network as networks
+from labctl.cloud import server as servers
+from labctl.cloud import store as stores
+from labctl.cloud import volume as volumes
+from labctl.context import Context
+from labctl.errors import CloudRefused, HostUnreachable
+from labctl.models import Credential, Server, Volume
+from labctl.progress import Progress
+
+ROLES = ("block_volume", "docker", "rclone", "mlflow_stack")
+#: Seconds that a host gets to answer before a command that would rather drain it asks what to do.
+DRAIN_LOGIN_SECONDS = 20
+
+
+@dataclass
+class Verification:
+    """What `verify` proved: the run it logged, and how many earlier probe runs it read back unchanged."""
+
+    run_id: str = ""
+    artifact_sha256: str = ""
+    earlier_runs: int = 0
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+# -- bringing up ---------------------------------------------------------------------------------------------------
+
+
+def up(ctx: Context) -> Outcome:
+    """Bring the whole lab up: server, address, ports, volume, container, credential, and all that runs on the host."""
+    server, volume = provide(ctx)
+    return converge_host(ctx, server, volume)
+
+
+def provide(ctx: Context) -> tuple[Server, Volume]:
+    """What the cloud has to give, in an order that overlaps its waits: the server builds while the rest is made."""
+    progress, cloud, lab = ctx.progress, ctx.cloud, ctx.lab
+    with progress.step("SSH key and security group"):
+        public_key = ssh.ensure_key(ctx.ssh_key)
+        key_name = keypairs.ensure(cloud, public_key, f"labctl-{lab.lab}")
+        groups = networks.ensure_groups(cloud, [ctx.security_group])
+    with progress.step(f"server {lab.server_name}") as step:
+        server = servers.find(cloud, lab.server_name)
+        created = server is None
+        if server is None:
+            server = servers.create(
+                cloud,
+                lab.server_name,
+                image=lab.server.image,
+                flavor=lab.server.flavor,
+                network=ctx.site.network,
+                key_name=key_name,
+                groups=["default", *groups],
+                metadata={META_LAB: lab.lab},
+            )
+        step.tell("requested" if created else f"exists, {server.status}")
+    volume = provide_volume(ctx)
+    with progress.step(f"container {lab.container_name}"):
+        stores.ensure_container(cloud, lab.container_name, {META_LAB: lab.lab})
+    with progress.step("server ACTIVE, with an address") as step:
+        if server.status == "SHUTOFF":
+            servers.start(cloud, server.id)
+        server = servers.wait_active(cloud, server.id, step.tell)
+        if not created:
+            networks.put_groups_on(cloud, server, groups)
+        address = networks.ensure_floating_ip(cloud, server, lab.lab)
+        server = servers.wait_address(cloud, server.id, step.tell)
+        if created:
+            ssh.forget(ctx.login(address.address).known_hosts, address.address)
+        step.tell(address.address)
+    volume = attach(ctx, server, volume)
+    wait_for_login(ctx, server)
+    return server, volume
+
+
+def provide_volume(ctx: Context) -> Volume:
+    """The lab's volume; a new one is empty, an existing one keeps its size and its data."""
+    lab = ctx.lab
+    with ctx.progress.step(f"volume {lab.volume_name}") as step:
+        volume = volumes.find(ctx.cloud, lab.volume_name)
+        if volume is None:
+            volume = volumes.create(
+                ctx.cloud,
+                lab.volume_name,
+                lab.volume.size_gib,
+                metadata={META_LAB: lab.lab},
+                tell=step.tell,
+            )
+            step.tell(f"{volume.size_gib} GiB, new")
+        else:
+            step.tell(f"{volume.size_gib} GiB, {volume.status}")
+    if note := volumes.size_note(volume, lab.volume.size_gib):
+        ctx.progress.note(note)
+    return volume
+
+
+def attach(ctx: Context, server: Server, volume: Volume) -> Volume:
+    """The volume attached to the server, which no other server may have."""
+    if volume.status == "in-use" and volume.attached_to == server.id:
+        return volume
+    with ctx.progress.step(f"attach {volume.name}") as step:
+        return volumes.attach(ctx.cloud, server, volume, step.tell)
+
+
+def wait_for_login(ctx: Context, server: Server) -> None:
+    """Until the server can be logged into."""
+    with ctx.progress.step("login") as step:
+        ssh.wait_for_login(ctx.login(address_of(server)), step.tell)
+
+
+# -- the host ------------------------------------------------------------------------------------------------------
+
+
+def converge(ctx: Context, *, check: bool = False, only: Sequence[str] = ()) -> Outcome:
+    """Bring what runs on the host to what lab.yaml says; with `check`, only say what would change."""
+    return converge_host(ctx, existing_server(ctx), existing_volume(ctx), check=check, only=only)
+
+
+def converge_host(
+    ctx: Context,
+    server: Server,
+    volume: Volume,
+    *,
+    check: bool = False,
+    only: Sequence[str] = (),
+    never_format: bool = False,
+) -> Outcome:
+    """Run the roles on a host whose volume is attached. A credential that the host lacks is made first."""
+    made = None if check or (only and "rclone" not in only) else renew_credential(ctx, server)
+    credential_id = made.id if made else server.metadata.get(META_CREDENTIAL, "")
+    variables: dict[str, Any] = {"rclone_application_credential_id": credential_id} if credential_id else {}
+    if never_format:
+        variables["block_volume_format"] = "never"
+    secrets = {"rclone_application_credential_secret": made.secret} if made and made.secret else {}
+    outcome = play(ctx, server, "converge.yml", variables, secrets, tags=only, check=check, volume=volume)
+    if made:
+        servers.set_metadata(ctx.cloud, server.id, **{META_CREDENTIAL: made.id})
+    return outcome
+
+
+def renew_credential(ctx: Context, server: Server) -> Credential | None:
+    """An application credential for the host's object mount, unless the server has one that still works.
+
+    It belongs to one server and goes with it, so its secret needs to be nowhere but on that server.
+    """
+    existing = credentials.list_ours(ctx.cloud, ctx.lab.lab)
+    if any(one.id == server.metadata.get(META_CREDENTIAL) for one in existing):
+        return None
+    with ctx.progress.step("application credential for the object store"):
+        for stale in existing:
+            credentials.delete(ctx.cloud, stale.id)
+        return credentials.create(ctx.cloud, ctx.lab.lab, server.id)
+
+
+def play(
+    ctx: Context,
+    server: Server,
+    playbook: str,
+    variables: dict[str, Any] | None = None,
+    secrets: dict[str, str] | None = None,
+    *,
+    tags: Sequence[str] = (),
+    check: bool = False,
+    volume: Volume | None = None,
+    title: str = "",
+) -> Outcome:
+    """Run a playbook against the lab's host, telling its roles and tasks as they start."""
+    store = inventories.ObjectStore(ctx.cloud.object_auth_url, ctx.cloud.object_region)
+    document = inventories.document(ctx.inventory_spec, server, volume, store)
+    run = Run(
+        playbook,
+        document,
+        ctx.state / "logs",
+        variables or {},
+        secrets or {},
+        tuple(tags),
+        check,
+        ctx.verbosity,
+    )
+    with ctx.progress.step(title or playbook.removesuffix(".yml")) as step:
+
+        def on_step(task: Step) -> None:
+            step.tell(f"{task.role}: {task.name}" if task.role else task.name)
+
+        outcome = ansible.run(run, on_step)
+        verb = "would change" if check else "changed"
+        step.tell(f"ok={outcome.ok} {verb}={outcome.changed}")
+    return outcome
+
+
+def reattach_volume(ctx: Context) -> Verification:
+    """After the VM was made anew: attach, prove that it is this lab's volume, mount, start, and read everything back.
+
+    Nothing is ever formatted on this path.
+    """
+    volume = existing_volume(ctx)
+    server = existing_server(ctx)
+    volume = attach(ctx, server, volume)
+    wait_for_login(ctx, server)
+    converge_host(ctx, server, volume, never_format=True)
+    return verify(ctx)
+
+
+def rebuild(ctx: Context, *, force: bool = False) -> Verification:
+    """Replace the server by a new one at the same address; volume and container stay, and everything is read back."""
+    volume = existing_volume(ctx)
+    server = servers.find(ctx.cloud, ctx.lab.server_name)
+    if server is not None:
+        release_volume(ctx, server, volume, force=force)
+        delete_server(ctx, server)
+    server, volume = provide(ctx)
+    converge_host(ctx, server, volume, never_format=True)
+    return verify(ctx)
+
+
+def verify(ctx: Context, *, write: bool = True) -> Verification:
+    """Read back every probe run logged so far and, with `write`, log another one and read it back."""
+    outcome = play(ctx, existing_server(ctx), "verify.yml", {"mlflow_stack_verify_write": write})
+    found = outcome.data.get("verify", {})
+    return Verification(
+        found.get("run_id", ""), found.get("artifact_sha256", ""), int(found.get("previous_runs", 0)), found
+    )
+
+
+def etl(ctx: Context) -> Outcome:
+    """Load the lab's dataset into its container; what is there already is never deleted."""
+    return play(ctx, existing_server(ctx), "etl.yml")
+
+
+def mount(ctx: Context) -> Outcome:
+    """Mount the object store on the host."""
+    return play(ctx, existing_server(ctx), "mount.yml")
+
+
+def unmount(ctx: Context) -> Outcome:
+    """Unmount the object store on the host, until `mount` or `converge`."""
+    return play(ctx, existing_server(ctx), "unmount.yml")
+
+
+# -- taking down ---------------------------------------------------------------------------------------------------
+
+
+def drain(ctx: Context, *, force: bool = False) -> bool:
+    """Stop what writes, flush, unmount. The host stays. False where there was no host to drain."""
+    server = servers.find(ctx.cloud, ctx.lab.server_name)
+    if server is None:
+        ctx.progress.note(f"There is no server {ctx.lab.server_name}: nothing to drain.")
+        return False
+    return drain_host(ctx, server, force=force)
+
+
+def drain_host(ctx: Context, server: Server, *, force: bool) -> bool:
+    """Drain a host, or have it agreed that it can't be: what its last seconds wrote is then not guaranteed."""
+    try:
+        if server.status != "ACTIVE" or not server.address:
+            raise HostUnreachable(f"{server.name} is {server.status}.", next_step="labctl status")
+        with ctx.progress.step("login") as step:
+            ssh.wait_for_login(ctx.login(server.address), step.tell, timeout=DRAIN_LOGIN_SECONDS)
+        play(ctx, server, "drain.yml")
+        return True
+    except HostUnreachable as error:
+        question = (
+            f"{error.what} It can't be drained: what it wrote in its last seconds may be missing from the volume"
+            " (PostgreSQL and ext4 recover to a consistent state). Go on without?"
+        )
+        if force or ctx.confirm(question):
+            ctx.progress.note("Going on without a drain.")
+            return False
+        raise
+
+
+def release_volume(ctx: Context, server: Server, volume: Volume | None, *, force: bool) -> None:
+    """Drain the host and detach the volume from it."""
+    if volume is None or volume.attached_to != server.id:
+        return
+    drain_host(ctx, server, force=force)
+    with ctx.progress.step(f"detach {volume.name}") as step:
+        volumes.detach(ctx.cloud, server.id, volume, step.tell)
+
+
+def delete_server(ctx: Context, server: Server) -> None:
+    """Delete the server and the credential that only it had. Its address stays the lab's."""
+    with ctx.progress.step(f"delete server {server.name}") as step:
+        servers.delete(ctx.cloud, server.id, step.tell)
+        for one in credentials.list_ours(ctx.cloud, ctx.lab.lab):
+            credentials.delete(ctx.cloud, one.id)
+
+
+def down(ctx: Context, *, force: bool = False) -> None:
+    """Delete the server and give its address back. Volume and container stay."""
+    server = servers.find(ctx.cloud, ctx.lab.server_name)
+    if server is None:
+        ctx.progress.note(f"There is no server {ctx.lab.server_name}.")
+    else:
+        release_volume(ctx, server, volumes.find(ctx.cloud, ctx.lab.volume_name), force=force)
+        delete_server(ctx, server)
+    with ctx.progress.step("floating IP"):
+        networks.release_floating_ips(ctx.cloud, ctx.lab.lab)
+
+
+@dataclass(frozen=True)
+class Possessions:
+    """What `destroy` would delete, in words with sizes and counts."""
+
+    lines: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.lines)
+
+
+def possessions(ctx: Context) -> Possessions:
+    """Everything that `destroy` would delete."""
+    lab, lines = ctx.lab, []
+    if server := servers.find(ctx.cloud, lab.server_name):
+        lines.append(f"server {server.name} ({server.id}, {server.address or 'no address'})")
+    if volume := volumes.find(ctx.cloud, lab.volume_name):
+        lines.append(f"volume {volume.name} ({volume.id}, {volume.size_gib} GiB) with all its data")
+    if container := stores.stat(ctx.cloud, lab.container_name):
+        size = f"{container.objects} objects, {container.bytes / 1e6:.1f} MB"
+        lines.append(f"container {container.name} ({size}) with all its data")
+    return Possessions(tuple(lines))
+
+
+def destroy(ctx: Context, *, force: bool = False) -> None:
+    """Delete the lab with all its data: server, volume, container, credential, address, security group, key pair."""
+    lab = ctx.lab
+    down(ctx, force=force)
+    if volume := volumes.find(ctx.cloud, lab.volume_name):
+        with ctx.progress.step(f"delete volume {volume.name}") as step:
+            volumes.delete(ctx.cloud, volume, step.tell)
+    with ctx.progress.step(f"delete container {lab.container_name}") as step:
+        stores.delete_container(ctx.cloud, lab.container_name, step.tell)
+    with ctx.progress.step("security group and key pair"):
+        networks.delete_groups(ctx.cloud, [ctx.security_group.name])
+        if ctx.ssh_key.exists():
+            keypairs.delete(ctx.cloud, ssh.ensure_key(ctx.ssh_key), f"labctl-{lab.lab}")
+
+
+# -- what is there -------------------------------------------------------------------------------------------------
+
+
+def existing_server(ctx: Context) -> Server:
+    """The lab's server. Raises CloudRefused where there is none."""
+    server = servers.find(ctx.cloud, ctx.lab.server_name)
+    if server is None:
+        raise CloudRefused(
+            f"There is no server {ctx.lab.server_name}.",
+            source=ctx.lab.source("server.name"),
+            next_step="labctl up, or labctl rebuild if its volume exists",
+        )
+    return server
+
+
+def existing_volume(ctx: Context) -> Volume:
+    """The lab's volume. Raises CloudRefused where there is none: no other volume is ever taken for it."""
+    volume = volumes.find(ctx.cloud, ctx.lab.volume_name)
+    if volume is None:
+        raise CloudRefused(
+            f"There is no volume {ctx.lab.volume_name}.",
+            source=ctx.lab.source("volume.name"),
+            next_step="check the name in lab.yaml, or labctl up to begin with an empty volume",
+        )
+    return volume
+
+
+def address_of(server: Server) -> str:
+    """The server's floating IP. Raises HostUnreachable where it has none."""
+    if not server.address:
+        raise HostUnreachable(f"server {server.name} has no floating IP.", next_step="labctl up")
+    return server.address
+
+
+def inventory_document(lab_file: Path | None) -> dict[str, Any]:
+    """The dynamic inventory of the lab that a lab.yaml describes; the same that labctl itself runs Ansible with."""
+    ctx = Context(labs.load(labs.find_file(lab_file)), Progress(Console(stderr=True, quiet=True)), lambda _: False)
+    return inventories.build(ctx.cloud, ctx.inventory_spec)

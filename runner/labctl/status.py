@@ -1,0 +1,120 @@
+"""What a lab is like right now: the record behind `labctl status`, its table and its `--json`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ServerStatus:
+    """The server. `lease_ends` is ISO 8601 in UTC, or None where there is no lease."""
+
+    name: str
+    id: str | None = None
+    status: str = "ABSENT"
+    address: str | None = None
+    lease_ends: str | None = None
+
+
+@dataclass(frozen=True)
+class VolumeStatus:
+    """The block volume. `mounted` is None where the host could not be asked."""
+
+    name: str
+    id: str | None = None
+    size_gib: int | None = None
+    attached: bool = False
+    mounted: bool | None = None
+    filesystem_uuid: str | None = None
+
+
+@dataclass(frozen=True)
+class ObjectStoreStatus:
+    """The container of the object store. `objects` is None where there is no such container."""
+
+    container: str
+    mounted: bool | None = None
+    objects: int | None = None
+
+
+@dataclass(frozen=True)
+class ServiceStatus:
+    """A service: its address on the server's loopback (or opened to the network), its health and version."""
+
+    url: str
+    healthy: bool
+    version: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Status:
+    """The whole lab. `host_error` says why the host could not be asked, where it could not."""
+
+    lab: str
+    site: str
+    server: ServerStatus
+    volume: VolumeStatus
+    object_store: ObjectStoreStatus
+    services: dict[str, ServiceStatus] = field(default_factory=dict)
+    host_error: str = ""
+
+    @property
+    def healthy(self) -> bool:
+        """Everything that `up` brings is there and works."""
+        mounted = bool(self.volume.mounted) and bool(self.object_store.mounted)
+        return mounted and bool(self.services) and all(service.healthy for service in self.services.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """The document of `status --json`."""
+        return asdict(self)
+
+    def with_host(self, host: dict[str, Any]) -> Status:
+        """The same with what `host_probe` found on the server."""
+        volume, store = host["volume"], host["object_store"]
+        return Status(
+            self.lab,
+            self.site,
+            self.server,
+            VolumeStatus(
+                **{
+                    **asdict(self.volume),
+                    "mounted": volume is not None,
+                    "filesystem_uuid": volume["uuid"] if volume else None,
+                }
+            ),
+            ObjectStoreStatus(**{**asdict(self.object_store), "mounted": store is not None}),
+            {name: ServiceStatus(**service) for name, service in host["services"].items()},
+        )
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The lines of the table that a person reads."""
+        server, volume, store = self.server, self.volume, self.object_store
+        rows = [
+            ("lab", f"{self.lab} on {self.site}"),
+            ("server", " ".join(part for part in (server.name, server.status, server.address) if part)),
+            ("volume", _volume_text(volume)),
+            ("object store", f"{store.container} {_count(store.objects)}, {_mounted(store.mounted)}"),
+        ]
+        for name, service in self.services.items():
+            state = "healthy" if service.healthy else "NOT healthy"
+            rows.append((name, " ".join(part for part in (service.url, service.version, state, service.note) if part)))
+        if self.host_error:
+            rows.append(("host", self.host_error))
+        return rows
+
+
+def _volume_text(volume: VolumeStatus) -> str:
+    if volume.id is None:
+        return f"{volume.name} ABSENT"
+    attached = "attached" if volume.attached else "not attached"
+    return f"{volume.name} {volume.size_gib} GiB, {attached}, {_mounted(volume.mounted)}"
+
+
+def _mounted(mounted: bool | None) -> str:
+    return {True: "mounted", False: "NOT mounted", None: "mount unknown"}[mounted]
+
+
+def _count(objects: int | None) -> str:
+    return "ABSENT" if objects is None else f"{objects} objects"

@@ -1,0 +1,80 @@
+"""The commented lab.yaml that `labctl init` writes."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import re
+from pathlib import Path
+
+from labctl import lab
+from labctl.errors import ConfigError
+
+TEXT = """\
+# A lab of labctl. Every key but `lab` can be left out; what stands here are the defaults.
+# labctl up brings it up, labctl status shows it, labctl rebuild replaces the VM and keeps the data.
+
+lab: {lab}                # names everything: node-persist-{lab}, block-persist-{lab}, object-persist-{lab}
+site: {site}              # sandbox, chameleon, or an entry of clouds.yaml
+
+server:
+  image: CC-Ubuntu24.04
+  flavor: m1.large
+  # name: node-persist-{lab}
+  # ssh_key: ~/.ssh/id_ed25519      # a private key; default: one that labctl makes for you
+
+volume:
+  size_gib: 2             # GiB; counts when the volume is made
+  mount_point: /mnt/block
+  # name: block-persist-{lab}
+
+object_store:
+  mount_point: /mnt/object
+  # container: object-persist-{lab}
+
+access:
+  ssh_from: [0.0.0.0/0]   # networks that may log in (keys only)
+  services_from: []       # networks that may reach the services; [] = only through labctl tunnel
+
+services:
+  mlflow_port: 8000
+  s3_port: 9000
+  s3_console_port: 9001
+  jupyter_port: 8888
+
+dataset: food11           # or a set of your own:
+# dataset:
+#   name: my-set
+#   url: https://example.org/my-set.zip
+#   sha256: ...           # of the archive
+"""
+
+
+def default_name() -> str:
+    """A lab name made of the user's name."""
+    return re.sub(r"[^a-z0-9-]+", "-", getpass.getuser().lower()).strip("-")[:48] or "lab"
+
+
+def write(path: Path, name: str, site: str) -> Path:
+    """Write a lab.yaml and check it as any other. Raises ConfigError if the file exists or a value isn't allowed."""
+    if path.exists():
+        raise ConfigError(
+            f"{path} exists and was left as it is.", source=str(path), next_step="edit it, or --lab OTHER labctl init"
+        )
+    text = TEXT.format(lab=name or default_name(), site=site)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    try:
+        lab.load(draft)
+        draft.rename(path)
+    except ConfigError as error:
+        raise ConfigError(
+            error.what.replace(f"{draft}", f"{path}"),
+            error.expected,
+            error.found,
+            "NAME or --site",
+            "labctl init --help",
+        ) from None
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
