@@ -1,0 +1,6 @@
+"""The embedded cloud: a real OpenStack in one container on this machine's Docker, with an image registry."""
+
+from labctl.sandbox.config import SandboxConfig
+from labctl.sandbox.lifecycle import SandboxStatus, destroy, down, status, up
+
+__all__ = ["SandboxConfig", "SandboxStatus", "destroy", "down", "status", "up"]
