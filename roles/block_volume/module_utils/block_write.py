@@ -1,0 +1,281 @@
+"""The writes that a plan allows, each preceded by a second look at what it is about to change."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from ansible.module_utils.block_facts import (
+    Answer,
+    ask,
+    exclusive_refused,
+    ext_state,
+    kernel_path,
+    mounts,
+    read_area,
+    read_content,
+    read_table,
+    read_text,
+    remains_of_mkfs,
+    serial_of,
+    sysfs,
+)
+from ansible.module_utils.block_plan import LAYOUT_VERSION, Facts, Plan, Wanted, is_uuid, partition_name
+
+ENDS = 4 << 20  # bytes of head and tail that are read once more right before the table is written
+NODE_SECONDS = 30
+LINUX_DATA = "0FC63DAF-8483-4772-8E79-3D69D8477DE4"  # the GPT type that parted and sfdisk give an ext4 partition
+MOUNT_OPTIONS = "defaults,nofail,x-systemd.device-timeout=30s"
+
+
+class Refused(Exception):
+    """A second look found something that the plan didn't know of: nothing (more) was written."""
+
+
+class Failed(Exception):
+    """A tool failed; the message has its words."""
+
+
+def must(answer: Answer, what: str) -> str:
+    """The output of a tool that has to succeed."""
+    if answer.rc:
+        raise Failed(f"{what} failed: {answer.words}")
+    return answer.out
+
+
+# -- partition table and filesystem -------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def held(path: str) -> Iterator[int]:
+    """A device open exclusively: while this lasts nobody can mount it or put it to other use."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
+    except OSError as error:
+        raise Refused(f"{path} can't be held exclusively: {error.strerror}") from error
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def initialise(plan: Plan, facts: Facts, wanted: Wanted) -> None:
+    """Table, partition and filesystem on a disk that the plan found blank. Raises Refused or Failed."""
+    if not plan.resume:
+        with held(facts.disk.path) as fd:
+            still_blank(fd, facts)
+            write_table(facts.disk.path, wanted)
+            os.fsync(fd)
+    partition = wait_for_partition(facts.disk.path)
+    make_filesystem(partition, resume=plan.resume)
+
+
+def still_blank(fd: int, facts: Facts) -> None:
+    """The disk behind the held descriptor is the one that was judged, and its ends and signatures are still as then."""
+    disk = facts.disk
+    if os.fstat(fd).st_rdev != os.stat(disk.path).st_rdev or serial_of(disk.path) != facts.serial:
+        raise Refused(f"{disk.path} isn't the disk any more that was looked at")
+    if os.lseek(fd, 0, os.SEEK_END) != disk.size:
+        raise Refused(f"{disk.path} has changed its size")
+    again = read_area(disk.path)
+    if again.kind or again.usage or again.table or again.signatures or again.unknown:
+        raise Refused(
+            f"{disk.path} isn't blank any more: {again.kind or again.table or again.signatures or again.unknown}"
+        )
+    for offset in (0, max(0, disk.size - ENDS)):
+        if os.pread(fd, ENDS, offset).strip(b"\0"):
+            raise Refused(f"{disk.path} isn't blank any more near offset {offset}")
+
+
+def write_table(disk: str, wanted: Wanted) -> None:
+    """A GPT with one partition from the first aligned sector to the last.
+
+    Its disk GUID is the volume's id and the partition's name says whose it is: if this run is cut off before there is
+    a filesystem, the next one can prove that the table is ours. The kernel is told afterwards (the disk is held).
+    """
+    script = ["label: gpt"]
+    if is_uuid(wanted.volume_id):
+        script.append(f"label-id: {wanted.volume_id.upper()}")
+    script.append(f'type={LINUX_DATA}, name="{partition_name(wanted)}"')
+    answer = ask(
+        "sfdisk", "--quiet", "--wipe", "never", "--wipe-partitions", "never", "--no-reread", "--no-tell-kernel", disk,
+        data="\n".join(script) + "\n", detached=True,
+    )  # fmt: skip
+    must(answer, f"sfdisk {disk}")
+
+
+def wait_for_partition(disk: str) -> str:
+    """The device node of partition 1, once the kernel's idea of it is the table's. Raises Failed after NODE_SECONDS."""
+    extents = read_table(disk).extents
+    home, deadline = sysfs(os.stat(disk).st_rdev), time.monotonic() + NODE_SECONDS
+    while time.monotonic() < deadline:
+        ask("udevadm", "settle", "--timeout=10")
+        for child in os.listdir(home):
+            if read_text(f"{home}/{child}/partition") != "1":
+                continue
+            known = (int(read_text(f"{home}/{child}/start")) * 512, int(read_text(f"{home}/{child}/size")) * 512)
+            major, _, minor = read_text(f"{home}/{child}/dev").partition(":")
+            path = kernel_path(os.makedev(int(major), int(minor)))
+            if len(extents) == 1 and known == (extents[0].start, extents[0].size) and os.path.exists(path):
+                return path
+        ask("partx", "--update", disk)
+        time.sleep(0.3)
+    raise Failed(f"the partition of {disk} didn't appear within {NODE_SECONDS} s")
+
+
+def make_filesystem(partition: str, resume: bool) -> None:
+    """ext4 as mkfs makes it by default, without force: it looks for itself, too, and refuses what isn't blank."""
+    area = read_area(partition)
+    if (
+        area.kind
+        or area.usage
+        or area.table
+        or area.signatures
+        or area.unknown
+        or area.holders
+        or area.swap
+        or area.mounted_at
+    ):
+        raise Refused(f"{partition} isn't blank any more: {area.kind or area.signatures or area.unknown or 'in use'}")
+    content = read_content(partition, area.size, area.size if resume else 0)
+    if content.data_at is not None and not (resume and remains_of_mkfs(partition, area.size)):
+        raise Refused(f"{partition} isn't blank any more: a byte at offset {content.data_at}")
+    if exclusive_refused(partition):
+        raise Refused(f"{partition} is in use")
+    must(ask("mkfs.ext4", "-q", partition, detached=True), f"mkfs.ext4 {partition}")
+    ask("udevadm", "settle", "--timeout=10")
+
+
+# -- fstab and mount ----------------------------------------------------------------------------------
+
+
+def fstab_line(plan: Plan, wanted: Wanted) -> str:
+    """Our line. x-labctl.volume marks it as ours; programs ignore options that begin with x-."""
+    options = f"{MOUNT_OPTIONS},x-labctl.volume={wanted.volume_id or 'unnamed'}"
+    return f"UUID={plan.uuid} {wanted.mount_point} {plan.filesystem} {options} 0 {2 if plan.filesystem.startswith('ext') else 0}"
+
+
+def fstab_with(text: str, line: str, mount_point: str) -> str:
+    """/etc/fstab with our line instead of an older one of the same mount point; all else stays to the byte."""
+    kept, placed = [], False
+    for old in text.splitlines(keepends=True):
+        fields = old.split("#", 1)[0].split()
+        if len(fields) > 1 and fields[1].rstrip("/") == mount_point:
+            if not placed:
+                kept.append(line + "\n")
+                placed = True
+            continue
+        kept.append(old)
+    if not placed:
+        if kept and not kept[-1].endswith("\n"):
+            kept[-1] += "\n"
+        kept.append(line + "\n")
+    return "".join(kept)
+
+
+def read_fstab() -> str:
+    """The text of /etc/fstab, "" if there is none."""
+    try:
+        with open("/etc/fstab", encoding="utf-8", errors="surrogateescape") as file:
+            return file.read()
+    except FileNotFoundError:
+        return ""
+
+
+def write_fstab(text: str) -> None:
+    """Replace /etc/fstab in one step, with its owner and mode."""
+    fd, new = tempfile.mkstemp(prefix=".fstab-", dir="/etc")
+    with os.fdopen(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(text)
+        file.flush()
+        if os.path.exists("/etc/fstab"):
+            shutil.copystat("/etc/fstab", new)
+            os.chown(new, os.stat("/etc/fstab").st_uid, os.stat("/etc/fstab").st_gid)
+        else:
+            os.chmod(new, 0o644)
+        os.fsync(file.fileno())
+    os.replace(new, "/etc/fstab")
+
+
+def protect(directory: str) -> bool:
+    """Make the bare mount point immutable, so that nothing starts to write to the root disk while the volume is away.
+
+    Best effort: a root filesystem without the flag says no. Mounting over it works as ever.
+    """
+    os.makedirs(directory, mode=0o755, exist_ok=True)
+    if not is_protected(directory):
+        ask("chattr", "+i", directory)
+    return is_protected(directory)
+
+
+def is_protected(directory: str) -> bool:
+    """Whether a directory has the immutable flag."""
+    answer = ask("lsattr", "-d", directory)
+    return answer.rc == 0 and "i" in answer.out.split()[0]
+
+
+def mount(plan: Plan, wanted: Wanted) -> bool:
+    """Mount by the line in /etc/fstab and check that it is the device of the plan; returns whether the bare directory is protected."""
+    if plan.filesystem.startswith("ext") and ext_state(plan.device)[1]:
+        answer = ask("e2fsck", "-p", plan.device, detached=True)  # what the boot would run; 1 and 2: repaired
+        if answer.rc >= 4:
+            raise Refused(f"{plan.device} has errors that a cautious repair doesn't fix: {answer.words}")
+    protected = protect(wanted.mount_point)
+    if os.path.isdir("/run/systemd/system"):
+        must(ask("systemctl", "daemon-reload"), "systemctl daemon-reload")
+    must(ask("mount", wanted.mount_point, detached=True), f"mount {wanted.mount_point}")
+    here = [m for m in mounts() if m.target == wanted.mount_point]
+    if not here or here[-1].number != os.stat(plan.device).st_rdev:
+        ask("umount", wanted.mount_point)
+        raise Refused(f"mounting by UUID took {here[-1].source if here else 'nothing'} instead of {plan.device}")
+    return protected
+
+
+# -- ownership and marker -----------------------------------------------------------------------------
+
+
+def own(mount_point: str, uid: int, gid: int) -> None:
+    """Give the root directory of a new filesystem to its user; nothing below it."""
+    os.chown(mount_point, uid, gid)
+
+
+def marker_for(values: Any, plan: Plan, wanted: Wanted, host: str) -> dict[str, Any]:
+    """The marker as it should be: identity and last host set, everything else (of later versions, too) kept."""
+    marker = dict(values)
+    marker["layout_version"] = marker.get("layout_version", LAYOUT_VERSION)
+    marker["lab"] = wanted.lab or marker.get("lab", "")
+    marker["volume_id"] = wanted.volume_id or marker.get("volume_id", "")
+    marker["filesystem_uuid"] = plan.uuid
+    marker.setdefault("created", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    marker.setdefault("origin", "adopted" if plan.adopt else "initialised")
+    marker["last_attached_to"] = host
+    return marker
+
+
+def write_marker(mount_point: str, marker: dict[str, Any]) -> None:
+    """Put the marker on the volume in one step, and wait until it is on the disk."""
+    directory = os.path.join(mount_point, ".labctl")
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(directory, 0o700)
+    if os.path.islink(directory) or not os.path.isdir(directory):
+        raise Refused(f"{directory} isn't a directory")
+    fd, new = tempfile.mkstemp(prefix=".volume-", dir=directory)
+    with os.fdopen(fd, "w", encoding="utf-8") as file:
+        json.dump(marker, file, indent=1, sort_keys=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, os.path.join(directory, "volume.json"))
+    ask("sync", "--file-system", directory)
+
+
+def plain_name(text: str) -> bool:
+    """Whether a name may stand in fstab, a GPT name and a marker: no spaces, quotes, commas."""
+    return bool(re.fullmatch(r"[A-Za-z0-9._@+-]{0,64}", text))
