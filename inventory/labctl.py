@@ -38,7 +38,7 @@ def main() -> int:
     except LabctlError as error:
         for key, text in error.as_dict().items():
             if key != "exit_code":
-                _say(text if key == "what" else f"  {key.replace('_', ' ')}: {text}")
+                _say(str(text) if key == "what" else f"  {key.replace('_', ' ')}: {text}")
         return error.exit_code
     if options.host:
         hosts = document["_meta"]["hostvars"]

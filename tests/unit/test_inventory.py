@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
 from labctl.errors import CloudRefused
 from labctl.inventory import GROUP, InventorySpec, ObjectStore, document, empty
 from labctl.models import Server, Volume

@@ -16,6 +16,8 @@ from labctl.models import Container, Tell
 PAGE = 1000
 #: Names in one bulk delete. Swift takes 10,000 and RGW 1,000; a request of 250 is answered in about 2 s.
 BULK = 250
+#: Swift's and RGW's query for it (RGW wants no value, Swift takes any).
+BULK_QUERY = "?bulk-delete"
 #: Seconds until a container that was emptied can be deleted: Swift's listings are eventually consistent.
 EMPTY_TIMEOUT = 120
 #: rclone and python-swiftclient put the segments of large objects into a container of this name.
@@ -120,7 +122,7 @@ def _delete_objects(cloud: Cloud, container: str, names: list[str]) -> None:
         response = _request(
             cloud,
             "POST",
-            "?bulk-delete=true",
+            BULK_QUERY,
             data=lines.encode(),
             headers={"Content-Type": "text/plain", "Accept": "application/json"},
             accepted=(200, 400, 404, 405, 411, 412, 501),
