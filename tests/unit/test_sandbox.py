@@ -141,8 +141,10 @@ def test_a_loopback_resolver_is_not_given_to_containers(tmp_path: Path) -> None:
     assert resolvers((tmp_path / "none", stub)) == []
 
 
-def test_a_second_command_waits_and_says_so(tmp_path: Path) -> None:
-    config, said = SandboxConfig(state=tmp_path / "s"), []
+def test_a_second_command_waits_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "LOCKS", tmp_path)
+    config = SandboxConfig(state=tmp_path / "s")
+    said: list[str] = []
 
     def release(_: float) -> None:
         first.__exit__(None, None, None)

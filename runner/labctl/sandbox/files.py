@@ -20,6 +20,8 @@ from labctl.sandbox.config import SandboxConfig
 
 #: In the state directory; without it a folder isn't ours to write to or to delete.
 MARKER = "sandbox.json"
+#: Not in the state directory: whether that is ours is only known once the lock is held.
+LOCKS = Path("/run")
 
 
 def build_files(*parts: str) -> Path:
@@ -109,10 +111,7 @@ def prepare_state(config: SandboxConfig) -> None:
 @contextmanager
 def locked(config: SandboxConfig, tell: Tell, sleep: Callable[[float], None] = time.sleep) -> Iterator[None]:
     """One command at a time changes a sandbox; a second one waits and says so."""
-    config.state.mkdir(parents=True, exist_ok=True)
-    config.state.chmod(0o700)
-    lock = config.state.parent / f".{config.state.name}.lock"
-    with lock.open("w") as file:
+    with (LOCKS / f"{config.name}.lock").open("w") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -270,7 +270,7 @@ def _delete_images(tell: Tell) -> None:
 def status(config: SandboxConfig | None = None) -> SandboxStatus:
     """What there is now, within about a second; changes nothing and needs no API to answer."""
     config = config or SandboxConfig.from_environment()
-    answers = engine_answers()
+    answers = shutil.which("docker") is not None and engine_answers()
     container = inspect("container", config.name) if answers else None
     if container is None and not _is_file(config.state / MARKER):
         return SandboxStatus("absent", state_directory=str(config.state))
@@ -279,7 +279,7 @@ def status(config: SandboxConfig | None = None) -> SandboxStatus:
     catalogue = services.summary(config)
     image = str(container["Config"]["Image"]) if container else ""
     return SandboxStatus(
-        state="running" if running else "stopped" if container else "absent",
+        state="running" if running else "stopped",
         apis=control.answering(config) if running else {},
         servers=tuple({k: s[k] for k in ("id", "name", "running")} for s in servers),
         volumes=len(loops.identities(config.volumes)),
