@@ -1,0 +1,93 @@
+#!/usr/bin/python
+"""The stack's services: read everything, decide, apply the difference."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: mlflow_stack
+short_description: Run the MLflow stack on a mounted volume, or stop it
+description:
+  - Reads the volume, the images and the containers, decides whether the services may run on that data, and applies the difference.
+  - Stops before anything is written if the volume isn't mounted, or holds data that the images don't fit.
+  - In check mode it predicts, also on a host without Docker or volume.
+options:
+  state: {description: C(started) or C(stopped)., type: str, choices: [started, stopped], required: true}
+  data_dir: {description: Mount point of the volume., type: path, required: true}
+  project_dir: {description: Directory of the compose project., type: path, required: true}
+  images: {description: "Full references by service; an empty C(jupyter) is built.", type: dict, default: {}}
+  s3_flavour: {description: Kind of S3 server., type: str, choices: [minio, silo, rclone], default: minio}
+  ports: {description: Published ports by service., type: dict, default: {}}
+  mlflow_uid: {description: User id that MLflow runs as., type: int, default: 10001}
+  start_timeout: {description: Seconds until all services must be healthy., type: int, default: 240}
+  pull_timeout: {description: Seconds for pulling or building images., type: int, default: 1200}
+author: labctl
+attributes:
+  check_mode: {support: full, description: Predicts.}
+  diff_mode: {support: full, description: Names what would change and why.}
+"""
+
+EXAMPLES = r"""
+- name: Run | Services on the volume
+  mlflow_stack:
+    state: started
+    data_dir: /mnt/block
+    project_dir: /etc/labctl/stack
+    images: "{{ mlflow_stack_images }}"
+"""
+
+RETURN = r"""
+services:
+  description: What /etc/labctl/services.json says, by service (url, version, health, note).
+  type: dict
+  returned: when started
+clean_shutdown:
+  description: Whether PostgreSQL wrote its last checkpoint and removed its pid file.
+  type: bool
+  returned: when stopped
+"""
+
+import shutil
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.stack_converge import Converge, Failed, stop_services
+from ansible.module_utils.stack_docker import DockerFailed
+from ansible.module_utils.stack_plan import Stop
+
+
+def main():
+    """Entry point."""
+    module = AnsibleModule(
+        argument_spec={
+            "state": {"type": "str", "choices": ["started", "stopped"], "required": True},
+            "data_dir": {"type": "path", "required": True},
+            "project_dir": {"type": "path", "required": True},
+            "images": {"type": "dict", "default": {}},
+            "s3_flavour": {"type": "str", "choices": ["minio", "silo", "rclone"], "default": "minio"},
+            "ports": {"type": "dict", "default": {}},
+            "mlflow_uid": {"type": "int", "default": 10001},
+            "start_timeout": {"type": "int", "default": 240},
+            "pull_timeout": {"type": "int", "default": 1200},
+        },
+        supports_check_mode=True,
+    )
+    params, check = module.params, module.check_mode
+    if shutil.which("docker") is None:
+        if check or params["state"] == "stopped":
+            starting = params["state"] == "started"
+            after = "images pulled, services started\n" if starting else "stopped\n"
+            module.exit_json(changed=starting, diff={"before": "no Docker\n" if starting else after, "after": after})
+        module.fail_json(msg="There is no docker command on this host.", next_step="run the role docker first")
+    try:
+        if params["state"] == "stopped":
+            module.exit_json(**stop_services(params["data_dir"], params["project_dir"], check))
+        module.exit_json(**Converge(params, check).run())
+    except Stop as stop:
+        module.fail_json(safety_stop=True, **stop.facts)
+    except Failed as failure:
+        module.fail_json(**failure.facts)
+    except DockerFailed as failure:
+        module.fail_json(msg=str(failure), next_step="look at `systemctl status docker`, then converge again")
+
+
+if __name__ == "__main__":
+    main()

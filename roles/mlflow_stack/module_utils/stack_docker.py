@@ -1,0 +1,178 @@
+"""Docker and compose, as the stack's module calls them: every call has a time limit and ends in words, not in a hang."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+SERVICES = ("postgres", "s3", "mlflow", "jupyter")
+#: The guard takes the same lock, so that two `docker compose up` never meet.
+LOCK = "/run/labctl-stack.lock"
+QUICK_SECONDS = 60
+LOG_LINES = "12"
+
+
+class DockerFailed(Exception):
+    """A Docker command failed; its text says which, and Docker's own words."""
+
+
+def docker(*arguments: str, seconds: float = QUICK_SECONDS, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run `docker …`. DockerFailed after `seconds`, or with its last words if it fails and `check` is set."""
+    words = " ".join(("docker", *arguments[:3]))
+    try:
+        done = subprocess.run(
+            ["docker", *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise DockerFailed(f"`{words} …` wasn't done after {seconds:.0f} s") from None
+    except OSError as error:
+        raise DockerFailed(f"`{words} …`: {error}") from None
+    if check and done.returncode:
+        raise DockerFailed(f"`{words} …`: {(done.stderr or done.stdout).strip()[-1500:]}")
+    return done
+
+
+def inspect(kind: str, names: list[str]) -> dict[str, dict[str, Any]]:
+    """What Docker says of those containers or images that exist, by the name that was asked for."""
+    if not names:
+        return {}
+    done = docker(kind, "inspect", *names, check=False)
+    try:
+        found: list[dict[str, Any]] = json.loads(done.stdout or "[]")
+    except ValueError:
+        found = []
+    if done.returncode and not found and "no such" not in done.stderr.lower():
+        raise DockerFailed(f"`docker {kind} inspect`: {done.stderr.strip()}")
+    if kind == "container":
+        return {item["Name"].lstrip("/"): item for item in found}
+    if len(found) == len(names):
+        return dict(zip(names, found, strict=True))
+    # Docker answers in the order asked and leaves out what it lacks: ask for each to know which.
+    return {name: json.loads(docker(kind, "inspect", name).stdout)[0] for name in names if _there(kind, name)}
+
+
+def _there(kind: str, name: str) -> bool:
+    return docker(kind, "inspect", "--format", "1", name, check=False).returncode == 0
+
+
+def pull(references: list[str], seconds: float) -> None:
+    """Pull images side by side. DockerFailed names the image that can't be had."""
+    if not references:
+        return
+    with concurrent.futures.ThreadPoolExecutor(len(references)) as pool:
+        jobs = {pool.submit(docker, "pull", "--quiet", name, seconds=seconds): name for name in references}
+        for job in concurrent.futures.as_completed(jobs):
+            try:
+                job.result()
+            except DockerFailed as failure:
+                raise DockerFailed(f"The image {jobs[job]} can't be pulled. {failure}") from None
+
+
+def build(tag: str, directory: str, base: str, seconds: float) -> None:
+    """Build an image from a directory with a Dockerfile, on `base`."""
+    docker("build", "--quiet", "--tag", tag, "--build-arg", f"MLFLOW_IMAGE={base}", directory, seconds=seconds)
+
+
+@contextlib.contextmanager
+def locked() -> Iterator[None]:
+    """Nobody else brings the services up or down meanwhile."""
+    with open(LOCK, "w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def compose(project_dir: str, *arguments: str, seconds: float) -> subprocess.CompletedProcess[str]:
+    """Run `docker compose …` for the project, without checking how it ended."""
+    return docker("compose", "--project-directory", project_dir, *arguments, seconds=seconds, check=False)
+
+
+def supports_start_interval() -> bool:
+    """Whether the engine (25 and later, API 1.44) can look at a starting container's health more often."""
+    version = docker("version", "--format", "{{.Server.APIVersion}}").stdout.strip()
+    return tuple(int(part) for part in version.split(".")[:2]) >= (1, 44)
+
+
+def is_healthy(container: dict[str, Any] | None) -> bool:
+    """Whether it runs and its health check says so."""
+    state = (container or {}).get("State", {})
+    return bool(state.get("Running")) and state.get("Health", {}).get("Status") == "healthy"
+
+
+def identity(containers: dict[str, dict[str, Any]]) -> dict[str, tuple[str, str]]:
+    """What changes when a container is made anew or started."""
+    return {name: (c["Id"], c["State"]["StartedAt"]) for name, c in containers.items()}
+
+
+def complaints(containers: dict[str, dict[str, Any]]) -> str:
+    """For each service that isn't healthy: its state, its last health check's words, its last log lines."""
+    texts = []
+    for name in SERVICES:
+        container = containers.get(name)
+        if container is None:
+            texts.append(f"{name}: no container was made")
+            continue
+        if is_healthy(container):
+            continue
+        state = container["State"]
+        checks = (state.get("Health") or {}).get("Log") or [{}]
+        said = str(checks[-1].get("Output") or "").strip()[-400:]
+        log = docker("logs", "--tail", LOG_LINES, name, check=False)
+        lines = (log.stdout + log.stderr).strip() or "(no log)"
+        health = (state.get("Health") or {}).get("Status", "unknown")
+        error = f", {state['Error']}" if state.get("Error") else ""
+        texts.append(
+            f"{name}: {state.get('Status')} (exit {state.get('ExitCode')}{error}), health {health}"
+            f"{f': {said}' if said else ''}\n{lines}"
+        )
+    return "\n".join(texts)
+
+
+def versions(containers: list[str]) -> dict[str, str]:
+    """Each service's own statement of its version; "" where it doesn't say."""
+    package = "import importlib.metadata as m; print(m.version('{}'))"
+    commands = {
+        "mlflow": ["python3", "-c", package.format("mlflow")],
+        "jupyter": ["python3", "-c", package.format("jupyterlab")],
+        "postgres": ["postgres", "--version"],
+    }
+    found = {}
+    for name in containers:
+        if name in commands:
+            said = docker("exec", name, *commands[name], check=False).stdout.split()
+            found[name] = next((word for word in said if word[:1].isdigit()), "")
+    return found
+
+
+def s3_version(flavour: str) -> str:
+    """What the S3 server calls itself: a release's time stamp, or rclone's number."""
+    said = docker("exec", "s3", flavour, "version" if flavour == "rclone" else "--version", check=False).stdout.split()
+    words = [word.lstrip("v") for word in said]
+    return next((word.rpartition(".")[2] if "T" in word else word for word in words if any(c.isdigit() for c in word)), "")
+
+
+def write_atomically(path: str, content: str, mode: int = 0o644) -> bool:
+    """Bring a small file to its content; True if it differed."""
+    try:
+        with open(path, encoding="utf-8") as handle:
+            if handle.read() == content:
+                return False
+    except FileNotFoundError:
+        pass
+    with open(f"{path}.new", "w", encoding="utf-8") as handle:
+        os.fchmod(handle.fileno(), mode)
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(f"{path}.new", path)
+    return True
