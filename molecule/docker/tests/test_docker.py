@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "tests"))
 
-import nodes  # noqa: E402
+import nodes
 
 testinfra_hosts = ["ansible://all"]
 
@@ -78,7 +78,7 @@ def test_docker_starts_after_the_data_mount_and_stops_before_it(host):
     wants = host.run("systemctl show docker.service --property=Wants,Requires,BindsTo").stdout
     assert {"mnt-block.mount", "remote-fs.target", "local-fs.target"} <= set(after)
     assert "mnt-block.mount" in wants.split("Wants=")[1].splitlines()[0]
-    assert "mnt-block.mount" not in wants.split("Requires=")[1].splitlines()[0], "a lab without its volume has no Docker"
+    assert "mnt-block.mount" not in wants.split("Requires=")[1].splitlines()[0], "no volume, no Docker"
 
 
 def test_after_a_reboot_the_mount_is_there_before_docker(host):

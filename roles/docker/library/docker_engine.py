@@ -124,8 +124,12 @@ def main():
     try:
         found = parse(text, path)
     except BadConfig as error:
-        module.fail_json(msg=str(error), expected="a JSON object", found=text[:200],
-                         next_step=f"repair or move {path} on the host, then converge again")
+        module.fail_json(
+            msg=str(error),
+            expected="a JSON object",
+            found=text[:200],
+            next_step=f"repair or move {path} on the host, then converge again",
+        )
     todo = deb_packages.missing(module, packages)
     if todo and accept and not deb_packages.missing(module, accept):
         todo = []
@@ -133,11 +137,15 @@ def main():
         try:
             deb_packages.install(module, todo)
         except deb_packages.AptFailed as error:
-            module.fail_json(msg=str(error), expected=f"the packages {', '.join(todo)} to install without removing any",
-                             next_step="run the apt-get command on the host and follow what it says")
+            module.fail_json(
+                msg=str(error),
+                expected=f"the packages {', '.join(todo)} to install without removing any",
+                next_step="run the apt-get command on the host and follow what it says",
+            )
     diff = {"before": "", "after": "".join(f"package {name}\n" for name in todo)}
-    module.exit_json(changed=bool(todo), installed=todo, diff=diff,
-                     daemon_json=render(found, text, module.params["settings"]))
+    module.exit_json(
+        changed=bool(todo), installed=todo, diff=diff, daemon_json=render(found, text, module.params["settings"])
+    )
 
 
 if __name__ == "__main__":

@@ -32,8 +32,19 @@ def install(module, names):
     fresh = _lists_are_fresh()
     if not fresh:
         _update(module)
-    command = ["apt-get", "-y", "-q", "--no-install-recommends", "--no-remove",
-               "-o", "Dpkg::Use-Pty=0", "-o", f"DPkg::Lock::Timeout={LOCK_SECONDS}", "install", *names]
+    command = [
+        "apt-get",
+        "-y",
+        "-q",
+        "--no-install-recommends",
+        "--no-remove",
+        "-o",
+        "Dpkg::Use-Pty=0",
+        "-o",
+        f"DPkg::Lock::Timeout={LOCK_SECONDS}",
+        "install",
+        *names,
+    ]
     rc, out, err = module.run_command(command, environ_update=QUIET)
     if rc and fresh:
         _update(module)

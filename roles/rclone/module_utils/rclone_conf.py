@@ -1,0 +1,63 @@
+"""One remote's section in an rclone.conf: read it, replace it, leave everything else as it is, letter by letter."""
+
+from __future__ import annotations
+
+import re
+
+HEADER = re.compile(r"^\s*\[(?P<name>[^\]]+)\]\s*$")
+ENCRYPTED = "RCLONE_ENCRYPT_V0:"
+
+
+class BadConfig(Exception):
+    """A configuration that can't be read."""
+
+
+def refuse_unreadable(text):
+    """BadConfig for a configuration that rclone has encrypted."""
+    if any(line.strip() == ENCRYPTED for line in text.splitlines()):
+        raise BadConfig("the configuration is encrypted")
+
+
+def _sections(text):
+    """(name, first line, line after the last) of each section, in order."""
+    lines = text.splitlines(keepends=True)
+    starts = [(number, match.group("name")) for number, line in enumerate(lines) if (match := HEADER.match(line))]
+    ends = [number for number, _name in starts[1:]] + [len(lines)]
+    return lines, [(name, start, end) for (start, name), end in zip(starts, ends, strict=True)]
+
+
+def _options(lines):
+    """key → value of the lines of a section."""
+    pairs = (line.split("=", 1) for line in lines if "=" in line and not line.lstrip().startswith(("#", ";")))
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def section(text, remote):
+    """The options of a remote; empty if there is no such remote."""
+    lines, sections = _sections(text)
+    return next((_options(lines[start + 1 : end]) for name, start, end in sections if name == remote), {})
+
+
+def secret_of(text, identity_option, identity, secret_option):
+    """The secret of the first remote, whatever its name, with this identity; else empty."""
+    lines, sections = _sections(text)
+    for _name, start, end in sections:
+        options = _options(lines[start + 1 : end])
+        if options.get(identity_option) == identity and options.get(secret_option):
+            return options[secret_option]
+    return ""
+
+
+def with_section(text, remote, options):
+    """`text` with the remote's section saying `options`; the very same text if it says so already."""
+    if section(text, remote) == options:
+        return text
+    wanted = [f"[{remote}]\n", *(f"{key} = {value}\n" for key, value in options.items())]
+    lines, sections = _sections(text)
+    for name, start, end in sections:
+        if name == remote:
+            rest = lines[end:]
+            return "".join([*lines[:start], *wanted, *(["\n"] if rest else []), *rest])
+    if lines and not lines[-1].endswith("\n"):
+        lines[-1] += "\n"
+    return "".join([*lines, *(["\n"] if lines and lines[-1].strip() else []), *wanted])
