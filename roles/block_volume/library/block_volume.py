@@ -7,8 +7,9 @@ DOCUMENTATION = r"""
 module: block_volume
 short_description: Mount a Cinder volume by identity, and never lose what is on it
 description:
-  - Finds the disk by the volume's id, reads its whole state once, lets a pure function decide (use, initialise, stop), and does
-    what the decision says. Whatever isn't provably blank or provably the right volume ends the run before a byte is written.
+  - Finds the disk by the volume's id, reads its whole state once, lets a pure function decide (use, initialise, stop),
+    and does what the decision says. Whatever isn't provably blank or provably the right volume ends the run before
+    a byte is written.
   - With O(state=unmounted) it is the way back. A plain unmount, never a lazy one.
 options:
   volume_id: {description: Cinder volume id. The disk's serial is its beginning., type: str, default: ""}
@@ -50,7 +51,7 @@ size: {description: Size of the disk in bytes., type: int, returned: always}
 plan: {description: use, initialise or stop., type: str, returned: always}
 reason: {description: Why., type: str, returned: always}
 changes: {description: What was done, or would be., type: list, elements: str, returned: always}
-protected: {description: Whether the bare mount point is immutable., type: bool, returned: when it was mounted or unmounted now}
+protected: {description: Whether the bare mount point is immutable., type: bool, returned: when it could be seen}
 marker: {description: Identity that is on the volume., type: dict, returned: when there is one}
 """
 
@@ -62,7 +63,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from ansible.module_utils import block_facts, block_plan, block_unmount, block_write
+from ansible.module_utils import block_facts, block_host, block_model, block_plan, block_unmount, block_write
 from ansible.module_utils.basic import AnsibleModule
 
 LOCK = "/run/labctl-block-volume.lock"
@@ -75,7 +76,7 @@ class Run:
         self.module, self.params, self.check = module, module.params, module.check_mode
         self.done: list[str] = []
         self.result: dict[str, Any] = {"mount_point": self.params["mount_point"], "changes": self.done}
-        self.wanted = block_plan.Wanted(
+        self.wanted = block_model.Wanted(
             mount_point=self.params["mount_point"],
             volume_id=self.params["volume_id"],
             lab=self.params["lab"],
@@ -89,12 +90,10 @@ class Run:
 
     def refuse(self, plan: Any) -> None:
         """End the run with a safety stop."""
-        parts = [plan.reason, plan.expected and f"expected: {plan.expected}", plan.found and f"found: {plan.found}"]
-        parts.append(plan.next_step and f"next: {plan.next_step}")
         self.fail(
-            "; ".join(filter(None, parts)),
+            plan.reason,
             safety_stop=True,
-            plan=block_plan.STOP,
+            plan=block_model.STOP,
             reason=plan.reason,
             expected=plan.expected,
             found=plan.found,
@@ -107,14 +106,14 @@ class Run:
         """The one disk that is meant, waiting up to `seconds` for it; "" if there is none."""
         deadline = time.monotonic() + seconds
         while True:
-            block_facts.ask("udevadm", "settle", "--timeout=10")
+            block_host.ask("udevadm", "settle", "--timeout=10")
             found = self.matches()
             if len(found) == 1 or time.monotonic() >= deadline:
                 break
             time.sleep(0.5)
         if len(found) > 1:
             self.refuse(
-                block_plan.stop(
+                block_model.stop(
                     "more than one disk matches", "exactly one", ", ".join(found), "detach the one that isn't meant"
                 )
             )
@@ -122,23 +121,23 @@ class Run:
 
     def matches(self) -> list[str]:
         """Every disk that fits the volume id and the explicit path."""
-        by_id = block_facts.find_disks(self.params["volume_id"]) if self.params["volume_id"] else []
+        by_id = block_host.find_disks(self.params["volume_id"]) if self.params["volume_id"] else []
         if not self.params["device"]:
             return list(by_id)
         if not os.path.exists(self.params["device"]):
             return []
-        explicit = block_facts.kernel_path(os.stat(self.params["device"]).st_rdev)
+        explicit = block_host.kernel_path(os.stat(self.params["device"]).st_rdev)
         if not explicit:
             self.fail(f"{self.params['device']} isn't a block device", expected="a disk", found="something else")
         return sorted({explicit, *by_id})
 
     def missing(self) -> None:
         """End the run: the volume isn't attached."""
-        serials = block_facts.disk_serials()
+        serials = block_host.disk_serials()
         seen = ", ".join(f"{path} (serial {serial})" for path, serial in serials.items()) or "no disk with a serial"
         name = self.params["volume_id"] or self.params["device"]
         self.fail(
-            f"volume {name} isn't attached to this host: it didn't appear within {self.params['wait']} s; found: {seen}",
+            f"volume {name} isn't attached to this host: no sign of it in {self.params['wait']} s",
             expected=f"a disk whose serial begins with {name[:20]}" if self.params["volume_id"] else name,
             found=seen,
             next_step="attach the volume (labctl reattach-volume)",
@@ -154,7 +153,7 @@ class Run:
         facts = self.look(disk, self.params["read_limit_gib"] << 30)
         plan = block_plan.decide(facts, self.wanted)
         self.result.update(plan=plan.action, reason=plan.reason)
-        if plan.action == block_plan.STOP:
+        if plan.action == block_model.STOP:
             self.refuse(plan)
         changes = self.pending(facts, plan)
         before, after = self.picture(facts, plan, changes)
@@ -165,7 +164,7 @@ class Run:
         try:
             self.apply(facts, plan)
         except block_write.Refused as error:
-            self.refuse(block_plan.stop(str(error), next_step="run again; if it stays, look at the disk by hand"))
+            self.refuse(block_model.stop(str(error), next_step="run again; if it stays, look at the disk by hand"))
         except block_write.Failed as error:
             self.fail(str(error), next_step="see `dmesg` on the host, then run again")
 
@@ -175,7 +174,7 @@ class Run:
             facts = block_facts.snapshot(disk, self.wanted, limit)
         except OSError as error:
             self.refuse(
-                block_plan.stop(
+                block_model.stop(
                     f"{disk} can't be read, and unknown counts as data",
                     found=str(error),
                     next_step="look at `dmesg` on the host",
@@ -187,18 +186,18 @@ class Run:
     def pending(self, facts: Any, plan: Any) -> list[str]:
         """What has to be done, in words; empty if everything is as it should be."""
         changes = []
-        if plan.action == block_plan.INITIALISE:
+        if plan.action == block_model.INITIALISE:
             changes.append(
                 f"{'finish the' if plan.resume else 'GPT, one partition and'} ext4 filesystem on {plan.device}"
             )
-        if plan.action == block_plan.INITIALISE or self.fstab(plan) is not None:
+        if plan.action == block_model.INITIALISE or self.fstab(plan) is not None:
             changes.append("line in /etc/fstab")
         if not facts.mount_point.ours:
             changes.append(f"mount at {self.wanted.mount_point}")
-        if plan.action == block_plan.INITIALISE:
+        if plan.action == block_model.INITIALISE:
             changes.append(f"owner of {self.wanted.mount_point}: {self.params['owner']}")
         if self.new_marker(facts.marker, plan) is not None:
-            changes.append(f"marker {block_plan.MARKER_PATH}")
+            changes.append(f"marker {block_model.MARKER_PATH}")
         return changes
 
     def fstab(self, plan: Any) -> str | None:
@@ -215,29 +214,30 @@ class Run:
     def picture(self, facts: Any, plan: Any, changes: list[str]) -> tuple[str, str]:
         """Before and after, for --diff."""
         marker = facts.marker.values
+        who = f"{block_plan.marker_identity(marker)}, last on {marker.get('last_attached_to')}" if marker else "none"
         before = [
             f"disk: {facts.disk.path}, {facts.disk.size} bytes",
-            f"content: {plan.filesystem + ' ' + plan.uuid if plan.action == block_plan.USE else 'blank'}",
+            f"content: {plan.filesystem + ' ' + plan.uuid if plan.action == block_model.USE else 'blank'}",
             f"mounted at {self.wanted.mount_point}: {facts.mount_point.source or 'nothing'}",
-            f"marker: {block_plan.marker_identity(marker) if marker else 'none'}, last on {marker.get('last_attached_to', '-')}",
+            f"marker: {who}",
         ]
         return "\n".join(before) + "\n", "\n".join([f"plan: {plan.action}: {plan.reason}", *changes]) + "\n"
 
     def names(self, plan: Any) -> dict[str, str]:
         """What is known of the filesystem."""
-        if plan.action != block_plan.USE:
+        if plan.action != block_model.USE:
             return {}
         return {"filesystem_uuid": plan.uuid, "filesystem": plan.filesystem, "partition": plan.device}
 
     def apply(self, facts: Any, plan: Any) -> None:
         """Do what the plan says, from the bottom up: table, filesystem, fstab, mount, owner, marker."""
-        fresh = plan.action == block_plan.INITIALISE
+        fresh = plan.action == block_model.INITIALISE
         if fresh:
             self.done.append(f"ext4 filesystem on {plan.device}")
             block_write.initialise(plan, facts, self.wanted)
             facts = self.look(facts.disk.path, 0)
-            plan = block_plan.decide(facts, replace(self.wanted, format=block_plan.NEVER))
-            if plan.action != block_plan.USE:
+            plan = block_plan.decide(facts, replace(self.wanted, format=block_model.NEVER))
+            if plan.action != block_model.USE:
                 self.refuse(plan)
         self.result.update(self.names(plan))
         old, new = block_write.read_fstab(), self.fstab(plan)
@@ -260,15 +260,15 @@ class Run:
         wanted = self.new_marker(marker, plan)
         if wanted is not None:
             block_write.write_marker(self.wanted.mount_point, wanted)
-            self.done.append(f"marker {block_plan.MARKER_PATH}")
+            self.done.append(f"marker {block_model.MARKER_PATH}")
         self.result["marker"] = wanted or dict(marker.values)
 
     def look_again(self, plan: Any, old_fstab: str) -> Any:
         """The marker as it is after the journal's replay; another identity undoes the mount."""
         marker = block_facts.marker_below(self.wanted.mount_point)
         verdict = block_plan.identity(marker, self.wanted, plan)
-        if verdict.action == block_plan.STOP:
-            block_facts.ask("umount", self.wanted.mount_point)
+        if verdict.action == block_model.STOP:
+            block_host.ask("umount", self.wanted.mount_point)
             block_write.write_fstab(old_fstab)
             self.refuse(replace(verdict, found=f"{verdict.found} (seen after the journal's replay; unmounted again)"))
         return marker
@@ -282,12 +282,12 @@ class Run:
     def unmounted(self) -> None:
         """Take the volume from its mount point; the line in fstab stays (nofail, by UUID)."""
         path = self.wanted.mount_point
-        here = [m for m in block_facts.mounts() if m.target == path]
+        here = [m for m in block_host.mounts() if m.target == path]
         self.result.update(plan="unmount", reason="drain")
         if not here:
             self.result.update(reason=f"nothing is mounted at {path}", protected=block_write.is_protected(path))
             return
-        device = block_facts.kernel_path(here[-1].number)
+        device = block_host.kernel_path(here[-1].number)
         disk = self.locate(0) if self.params["volume_id"] or self.params["device"] else ""
         if disk and device and not re.fullmatch(rf"{re.escape(disk)}(p?\d+)?", device):
             self.fail(f"{path} is another volume's mount", expected=disk, found=device, next_step="unmount it by hand")

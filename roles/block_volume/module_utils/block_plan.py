@@ -6,22 +6,35 @@
 - initialise  every byte was read and is zero (or all that isn't is the table that an earlier run of ours
               wrote before it was cut off): partition it, make a filesystem, mount
 - stop        anything else; nothing may be written. Unknown counts as data.
-
-Sizes and offsets are bytes everywhere.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-USE, INITIALISE, STOP = "use", "initialise", "stop"
-WHEN_BLANK, NEVER = "when_blank", "never"
-LAYOUT_VERSION = 1
-MARKER_PATH = ".labctl/volume.json"
-ADVICE = "see what it is with `lsblk -f`, `wipefs -n` and `sfdisk -l`; labctl never erases a volume, so empty it by hand if its content isn't needed"
+from ansible.module_utils.block_model import (
+    INITIALISE,
+    LAYOUT_VERSION,
+    MARKER_PATH,
+    USE,
+    WHEN_BLANK,
+    Area,
+    Content,
+    Extent,
+    Facts,
+    Marker,
+    Plan,
+    Wanted,
+    stop,
+)
+
+ADVICE = (
+    "see what it is with `lsblk -f`, `wipefs -n` and `sfdisk -l`; labctl never erases a volume, "
+    "so empty it by hand if its content isn't needed"
+)
 
 # libblkid says USAGE=filesystem of some things that can't be mounted by themselves or never written to.
 NOT_VOLUMES = {
@@ -48,170 +61,12 @@ NOT_VOLUMES = {
     "cramfs": "a read-only image",
     "romfs": "a read-only image",
 }
-SYSTEM_PATHS = (
-    "bin",
-    "boot",
-    "dev",
-    "etc",
-    "lib",
-    "lib32",
-    "lib64",
-    "libx32",
-    "proc",
-    "run",
-    "sbin",
-    "sys",
-    "tmp",
-    "usr",
-)
-SYSTEM_ROOTS = (
-    "home",
-    "media",
-    "mnt",
-    "opt",
-    "root",
-    "srv",
-    "var",
-    "var/lib",
-    "var/log",
-    "var/lib/docker",
-    "lost+found",
-)
-
-
-@dataclass(frozen=True)
-class Content:
-    """What reading a device's bytes showed: `proven_zero` only if every one of them was read."""
-
-    proven_zero: bool = False
-    data_at: int | None = None  # the first byte found that isn't zero
-    bytes_read: int = 0
-    seconds: float = 0.0
-    remains_of_mkfs: bool = False  # not zero, but only where mkfs with the planned arguments writes
-
-
-@dataclass(frozen=True)
-class Area:
-    """A block device, whole disk or partition, as the tools describe it."""
-
-    path: str
-    size: int
-    kind: str = ""  # libblkid's TYPE
-    usage: str = ""  # libblkid's USAGE: filesystem, raid, crypto, other
-    uuid: str = ""
-    table: str = ""  # libblkid's PTTYPE
-    signatures: tuple[tuple[int, str], ...] = ()  # wipefs: (offset, type)
-    ambivalent: bool = False
-    holders: tuple[str, ...] = ()
-    mounted_at: tuple[str, ...] = ()
-    swap: bool = False
-    busy: bool = False  # O_EXCL was refused
-    read_only: bool = False
-    content: Content = Content()
-    unknown: tuple[str, ...] = ()  # tools that failed or are missing, in their own words
-
-
-@dataclass(frozen=True)
-class Extent:
-    """Where a partition lies: by the table on the disk or by the kernel."""
-
-    number: int
-    start: int
-    size: int
-
-
-@dataclass(frozen=True)
-class Partition:
-    """A partition that the kernel knows."""
-
-    extent: Extent
-    area: Area
-
-
-@dataclass(frozen=True)
-class Table:
-    """The partition table on the disk; `guid` is a GPT's disk GUID, lower case."""
-
-    kind: str = ""
-    guid: str = ""
-    extents: tuple[Extent, ...] = ()
-    names: Mapping[int, str] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class MountPoint:
-    """The state of the mount point; `fstab_claim` is another volume's line in /etc/fstab."""
-
-    source: str = ""  # the device mounted there, "" if none
-    ours: bool = False  # ... and it is (a partition of) this disk
-    read_only: bool = False
-    entries: tuple[str, ...] = ()  # what lies in the directory while nothing is mounted
-    not_directory: bool = False
-    symlink: bool = False
-    fstab_claim: str = ""
-
-
-@dataclass(frozen=True)
-class Marker:
-    """The marker found on the volume. `problem` says why it couldn't be read."""
-
-    values: Mapping[str, Any] = field(default_factory=dict)
-    problem: str = ""
-    stale: bool = False  # read past a journal that may hold a newer one: compared again once it is mounted
-
-
-@dataclass(frozen=True)
-class Facts:
-    """One snapshot of everything a decision needs."""
-
-    disk: Area
-    serial: str = ""
-    root_disk: bool = False
-    whole_disk: bool = True
-    table: Table = Table()
-    partitions: tuple[Partition, ...] = ()
-    mount_point: MountPoint = MountPoint()
-    marker: Marker = Marker()
-    same_uuid: tuple[str, ...] = ()  # other devices that hold a filesystem of the same UUID
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the role was asked for."""
-
-    mount_point: str
-    volume_id: str = ""
-    lab: str = ""
-    format: str = WHEN_BLANK
-    accept_marker: str = ""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to do, and why. `device` is what gets mounted, or the disk to initialise.
-
-    `number` is the partition's number, 0 for a filesystem on the whole disk. `resume`: the table is there already.
-    `adopt`: the filesystem has no marker yet. `accepted`: the marker of another identity is replaced on purpose.
-    """
-
-    action: str
-    reason: str
-    device: str = ""
-    number: int = 0
-    filesystem: str = ""
-    uuid: str = ""
-    resume: bool = False
-    adopt: bool = False
-    accepted: bool = False
-    expected: str = ""
-    found: str = ""
-    next_step: str = ""
-
-
-def stop(reason: str, expected: str = "", found: str = "", next_step: str = "") -> Plan:
-    """The plan that writes nothing."""
-    return Plan(STOP, reason, expected=expected, found=found, next_step=next_step)
+SYSTEM_PATHS = {
+    "bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "proc", "run", "sbin", "sys", "tmp", "usr",
+}  # fmt: skip
+SYSTEM_ROOTS = {
+    "home", "lost+found", "media", "mnt", "opt", "root", "srv", "var", "var/lib", "var/lib/docker", "var/log",
+}  # fmt: skip
 
 
 def partition_name(wanted: Wanted) -> str:
@@ -255,6 +110,11 @@ def content_wanted(area: Area, partitioned: bool = False) -> bool:
     )
 
 
+def areas(facts: Facts) -> tuple[Area, ...]:
+    """The disk and its partitions."""
+    return (facts.disk, *(p.area for p in facts.partitions))
+
+
 def _device(facts: Facts, wanted: Wanted) -> Plan | None:
     disk = facts.disk
     if facts.root_disk:
@@ -262,21 +122,18 @@ def _device(facts: Facts, wanted: Wanted) -> Plan | None:
             f"{disk.path} is the disk this machine runs from",
             expected=f"the disk of volume {wanted.volume_id or '(none given)'}",
             found=f"{disk.path}, which holds /",
-            next_step="check block_volume_id / block_volume_device",
+            next_step="check block_volume_id and block_volume_device",
         )
-    if not facts.whole_disk:
-        return stop(
-            f"{disk.path} is a partition", "a whole disk", "a partition", "name the disk in block_volume_device"
-        )
-    if disk.size == 0:
-        return stop(f"{disk.path} has no size", "a disk", "0 bytes", "detach and attach the volume again")
-    unknown = [text for area in (disk, *(p.area for p in facts.partitions)) for text in area.unknown]
+    if not facts.whole_disk or disk.size == 0:
+        found = "a partition" if not facts.whole_disk else "0 bytes"
+        return stop(f"{disk.path} isn't a disk to use", "a whole disk", found, "name the disk in block_volume_device")
+    unknown = [text for area in areas(facts) for text in area.unknown]
     if unknown:
         return stop(
             "the disk's state can't be read completely, and unknown counts as data",
             expected="every check to answer",
             found="; ".join(unknown),
-            next_step="install what is missing (packages fdisk, util-linux, e2fsprogs) or look at the disk's I/O errors in `dmesg`",
+            next_step="install what is missing (packages fdisk, util-linux, e2fsprogs) or see `dmesg` for I/O errors",
         )
     return None
 
@@ -284,13 +141,10 @@ def _device(facts: Facts, wanted: Wanted) -> Plan | None:
 def _mount_point(facts: Facts, wanted: Wanted) -> Plan | None:
     path, state = wanted.mount_point, facts.mount_point
     refused = refuse_path(path)
+    if not refused and (state.symlink or state.not_directory):
+        refused = "a symbolic link leads there" if state.symlink else "it isn't a directory"
     if refused:
         return stop(f"{path} can't be the mount point: {refused}", next_step="choose another block_volume_mount_point")
-    if state.symlink or state.not_directory:
-        what = "a symbolic link leads there" if state.symlink else "it isn't a directory"
-        return stop(
-            f"{path} can't be the mount point: {what}", "a directory", what, "choose another path or move it away"
-        )
     if state.source and not state.ours:
         return stop(
             f"something else is mounted at {path}",
@@ -299,11 +153,10 @@ def _mount_point(facts: Facts, wanted: Wanted) -> Plan | None:
             next_step=f"stop what uses {path}, then `umount {path}`",
         )
     if state.entries:
-        names = ", ".join(sorted(state.entries)[:5])
         return stop(
             f"{path} isn't empty: mounting over it would hide what is there",
             expected="an empty directory",
-            found=f"{len(state.entries)} entries on the root disk: {names}",
+            found=f"{len(state.entries)} entries on the root disk: {', '.join(sorted(state.entries)[:5])}",
             next_step=f"move the content of {path} away",
         )
     if state.fstab_claim:
@@ -319,10 +172,9 @@ def _mount_point(facts: Facts, wanted: Wanted) -> Plan | None:
 def _content(facts: Facts, wanted: Wanted) -> Plan:
     disk = facts.disk
     if disk.ambivalent:
-        found = ", ".join(f"{kind} at byte {offset}" for offset, kind in disk.signatures)
-        return stop(f"{disk.path} carries signatures that contradict each other", "one filesystem", found, ADVICE)
+        return _contradiction(disk)
     if disk.table:
-        return _partitioned(facts, wanted)
+        return _table(facts) or _only_partition(facts, wanted)
     if facts.partitions:
         return stop(
             f"the kernel knows partitions of {disk.path}, but there is no partition table on it",
@@ -330,22 +182,23 @@ def _content(facts: Facts, wanted: Wanted) -> Plan:
             found=", ".join(p.area.path for p in facts.partitions),
             next_step="the table may have been destroyed: look for its backup with `gdisk`, don't write to the disk",
         )
-    if disk.kind or disk.usage:
+    if disk.kind or disk.usage or disk.signatures:
         return _filesystem(disk, 0)
     return _blank(disk, wanted, resume=False)
 
 
-def _partitioned(facts: Facts, wanted: Wanted) -> Plan:
+def _contradiction(area: Area) -> Plan:
+    found = ", ".join(f"{kind} at byte {offset}" for offset, kind in area.signatures)
+    return stop(f"{area.path} carries signatures that contradict each other", "one filesystem", found, ADVICE)
+
+
+def _table(facts: Facts) -> Plan | None:
+    """What is wrong with a disk's partition table, if anything is."""
     disk, table = facts.disk, facts.table
-    strays = [s for s in disk.signatures if s[1] not in ("gpt", "PMBR", "dos")]
+    strays = {kind for _offset, kind in disk.signatures} - {"gpt", "PMBR", "dos"}
     if disk.kind or disk.usage or strays:
-        also = disk.kind or ", ".join(kind for _offset, kind in strays)
-        return stop(
-            f"{disk.path} has a partition table and something else on it",
-            "one of both",
-            f"{disk.table} and {also}",
-            ADVICE,
-        )
+        found = f"{disk.table} and {disk.kind or ', '.join(sorted(strays))}"
+        return stop(f"{disk.path} has a partition table and something else on it", "one of both", found, ADVICE)
     if disk.table == "gpt" and not any(kind == "gpt" and offset < 8192 for offset, kind in disk.signatures):
         return stop(
             f"the primary GPT of {disk.path} is destroyed; its backup at the end of the disk is intact",
@@ -358,36 +211,30 @@ def _partitioned(facts: Facts, wanted: Wanted) -> Plan:
         return stop(
             f"the kernel and the table on {disk.path} disagree about its partitions",
             expected=_extents(table.extents),
-            found=_extents(kernel) + ("".join(f"; {w}" for w in table.warnings)),
-            next_step=f"`partx --update {disk.path}` or reboot; if it stays, look at the table with `sfdisk -l {disk.path}`",
+            found="; ".join([_extents(kernel), *table.warnings]),
+            next_step=f"`partx --update {disk.path}` or reboot; if it stays, see `sfdisk -l {disk.path}`",
         )
     if len(facts.partitions) != 1:
-        found = f"{disk.table} table with {len(facts.partitions) or 'no'} partitions"
-        return stop(
-            f"{disk.path} has {found.split('with ')[1]}",
-            "one partition with a filesystem, or a blank disk",
-            found,
-            ADVICE,
-        )
+        found = f"{len(facts.partitions) or 'no'} partitions"
+        return stop(f"{disk.path} has {found}", "one partition with a filesystem, or a blank disk", found, ADVICE)
+    return None
+
+
+def _only_partition(facts: Facts, wanted: Wanted) -> Plan:
     only = facts.partitions[0]
     if only.area.ambivalent:
-        return stop(
-            f"{only.area.path} carries signatures that contradict each other",
-            "one filesystem",
-            str(only.area.signatures),
-            ADVICE,
-        )
-    if only.area.kind or only.area.usage or only.area.table:
+        return _contradiction(only.area)
+    if only.area.kind or only.area.usage or only.area.table or only.area.signatures:
         return _filesystem(only.area, only.extent.number)
-    if not ours(facts, wanted):
-        return stop(
-            f"{only.area.path} holds no filesystem that is known",
-            expected="a filesystem",
-            found=f"a partition named '{facts.table.names.get(only.extent.number, '')}', "
-            + _bytes_found(only.area.content),
-            next_step=ADVICE,
-        )
-    return _blank(only.area, wanted, resume=True)
+    if ours(facts, wanted):
+        return _blank(only.area, wanted, resume=True)
+    name = facts.table.names.get(only.extent.number, "")
+    return stop(
+        f"{only.area.path} holds no filesystem that is known",
+        expected="a filesystem",
+        found=f"a partition named '{name}', {_bytes_found(only.area.content)}",
+        next_step=ADVICE,
+    )
 
 
 def ours(facts: Facts, wanted: Wanted) -> bool:
@@ -405,23 +252,24 @@ def _filesystem(area: Area, number: int) -> Plan:
     if area.table:
         what = f"a partition table ({area.table}) of its own"
     elif not what and area.usage != "filesystem":
-        what = f"{area.kind or 'something'} ({area.usage or 'of unknown use'})"
-    others = {kind for _offset, kind in area.signatures} - {area.kind}
-    # ext4's own history: wipefs names the family member it sees
-    others -= {"ext2", "ext3", "ext4"} if area.kind.startswith("ext") else set()
+        what = f"{area.kind or ', '.join(kind for _offset, kind in area.signatures)} ({area.usage or 'of unknown use'})"
     if what:
-        return stop(f"{area.path} holds {what}", "a filesystem that can be mounted", area.kind or area.table, ADVICE)
-    if others and not area.kind.startswith("vfat"):
+        return stop(f"{area.path} holds {what}", "a filesystem that can be mounted", area.kind or what, ADVICE)
+    others = {kind for _offset, kind in area.signatures} - _family(area.kind)
+    if others:
         found = ", ".join([area.kind, *sorted(others)])
         return stop(f"{area.path} holds {area.kind} and signatures of something else", area.kind, found, ADVICE)
     if not area.uuid:
-        return stop(
-            f"the {area.kind} on {area.path} has no UUID to mount it by",
-            "a UUID",
-            "none",
-            "give it one with its own tool",
-        )
+        advice = "give it one with the filesystem's own tool"
+        return stop(f"the {area.kind} on {area.path} has no UUID to mount it by", "a UUID", "none", advice)
     return Plan(USE, f"{area.path} holds {area.kind}: mounted as it is", area.path, number, area.kind, area.uuid)
+
+
+def _family(kind: str) -> set[str]:
+    """Signatures that belong to one filesystem: wipefs may name another member, and FAT has a boot sector."""
+    if kind in ("ext2", "ext3", "ext4"):
+        return {"ext2", "ext3", "ext4"}
+    return {kind, "dos"} if kind in ("vfat", "ntfs", "exfat") else {kind}
 
 
 def _blank(area: Area, wanted: Wanted, resume: bool) -> Plan:
@@ -441,37 +289,33 @@ def _blank(area: Area, wanted: Wanted, resume: bool) -> Plan:
             next_step="set block_volume_format: when_blank if this is the right volume",
         )
     if not (content.proven_zero or content.remains_of_mkfs):
+        limit = -(-area.size // 2**30)
         return stop(
             f"{area.path} looks blank but is too large to be read whole: {_gib(area.size)} GiB",
             expected="every byte read, so that nothing is lost",
             found=_bytes_found(content),
-            next_step=f"set block_volume_read_limit_gib: {-(-area.size // 2**30)} (reading takes about {_minutes(area)} minutes, once)",
+            next_step=f"set block_volume_read_limit_gib: {limit} (takes about {_minutes(area)} minutes, once)",
         )
     how = "the run that partitioned it was cut off" if resume else "every byte of it is zero"
     return Plan(INITIALISE, f"{area.path}: {how}", area.path, 1, "ext4", resume=resume)
 
 
 def _usable(facts: Facts, plan: Plan) -> Plan | None:
-    """Whether nobody else uses what is to be mounted."""
-    for area in (facts.disk, *(p.area for p in facts.partitions)):
-        if area.mounted_at and not facts.mount_point.ours:
-            where = ", ".join(area.mounted_at)
-            next_step = f"stop what uses it, then `umount {area.mounted_at[0]}`"
-            return stop(f"{area.path} is mounted elsewhere", "not mounted", where, next_step)
-        if area.swap or area.holders:
-            by = "swap" if area.swap else ", ".join(area.holders)
-            return stop(
-                f"{area.path} is in use by {by}",
-                "no user",
-                by,
-                "release it first (`swapoff`, `dmsetup`, `mdadm --stop`)",
-            )
-    target = next(a for a in (facts.disk, *(p.area for p in facts.partitions)) if a.path == plan.device)
-    if target.read_only:
-        return stop(f"{target.path} is read-only", "a volume that can be written", "read-only", "attach it read-write")
-    if facts.mount_point.ours and facts.mount_point.source != plan.device:
-        return stop("another partition of this disk is mounted", plan.device, facts.mount_point.source, "unmount it")
-    if target.busy and not facts.mount_point.ours:
+    """Whether nobody else uses what is to be mounted, and it is the only one of its kind."""
+    mounted, target = facts.mount_point.ours, next(a for a in areas(facts) if a.path == plan.device)
+    problem = _used_elsewhere(facts)
+    if problem:
+        return problem
+    if target.read_only or (mounted and facts.mount_point.read_only):
+        return stop(
+            f"{target.path} is {'mounted ' if mounted else ''}read-only",
+            expected="a volume that can be written",
+            found="read-only (the kernel makes it so after an I/O or filesystem error, the cloud if it was told to)",
+            next_step="see `dmesg`; for errors: `labctl drain`, `e2fsck` the volume, converge again",
+        )
+    if mounted and facts.mount_point.source != plan.device:
+        return stop("another part of this disk is mounted", plan.device, facts.mount_point.source, "unmount it")
+    if target.busy and not mounted:
         return stop(
             f"{target.path} is in use although it isn't mounted here",
             expected="exclusive access",
@@ -485,38 +329,31 @@ def _usable(facts: Facts, plan: Plan) -> Plan | None:
             found=", ".join((plan.device, *facts.same_uuid)),
             next_step="detach the copy, or give it a UUID of its own (`tune2fs -U random`)",
         )
-    if facts.mount_point.ours and facts.mount_point.read_only:
-        return stop(
-            f"{plan.device} is mounted read-only",
-            expected="read-write",
-            found="ro (the kernel does that after an I/O or filesystem error)",
-            next_step="see `dmesg`; then `labctl drain`, `e2fsck` the volume, and converge again",
-        )
+    return None
+
+
+def _used_elsewhere(facts: Facts) -> Plan | None:
+    for area in areas(facts):
+        if area.mounted_at and not facts.mount_point.ours:
+            where, advice = ", ".join(area.mounted_at), f"stop what uses it, then `umount {area.mounted_at[0]}`"
+            return stop(f"{area.path} is mounted elsewhere", "not mounted", where, advice)
+        if area.swap or area.holders:
+            users, advice = (
+                "swap" if area.swap else ", ".join(area.holders),
+                "release it first (swapoff, dmsetup, mdadm)",
+            )
+            return stop(f"{area.path} is in use by {users}", "no user", users, advice)
     return None
 
 
 def _writable(facts: Facts, plan: Plan) -> Plan | None:
-    for area in (facts.disk, *(p.area for p in facts.partitions)):
-        uses = [
-            *area.mounted_at,
-            *area.holders,
-            *(["swap"] if area.swap else []),
-            *(["an exclusive user"] if area.busy else []),
-        ]
+    """Whether a blank disk is nobody's at this moment."""
+    for area in areas(facts):
+        flags = {"swap": area.swap, "an exclusive user": area.busy, "read-only": area.read_only}
+        uses = [*area.mounted_at, *area.holders, *(name for name, there in flags.items() if there)]
         if uses:
-            return stop(
-                f"{area.path} is blank but in use",
-                "no user",
-                ", ".join(uses),
-                "find the user with `lsblk` and `fuser -v`",
-            )
-        if area.read_only:
-            return stop(
-                f"{area.path} is blank but read-only",
-                "a volume that can be written",
-                "read-only",
-                "attach it read-write",
-            )
+            advice = "find the user with `lsblk` and `fuser -v`"
+            return stop(f"{area.path} is blank but can't be had alone", "no user", ", ".join(uses), advice)
     if facts.mount_point.source:
         return stop("the mount point is in use", plan.device, facts.mount_point.source, "unmount it")
     return None
@@ -528,12 +365,12 @@ def identity(marker: Marker, wanted: Wanted, plan: Plan) -> Plan:
     if marker.problem and not marker.stale:
         return stop(
             f"the volume, or the marker {MARKER_PATH} on it, can't be read",
-            expected="none, or a JSON object written by labctl",
+            expected="no marker, or a JSON object written by labctl",
             found=marker.problem,
             next_step="look at it by a read-only mount; a damaged marker may be moved away on purpose",
         )
     if not values:
-        return _with(plan, adopt=True)
+        return replace(plan, adopt=True)
     version = values.get("layout_version")
     if not isinstance(version, int) or version > LAYOUT_VERSION:
         return stop(
@@ -547,36 +384,34 @@ def identity(marker: Marker, wanted: Wanted, plan: Plan) -> Plan:
     differs = [key for key, value in expected.items() if value and values.get(key) and values[key] != value]
     if not differs:
         return plan
-    found = {key: str(values.get(key, "")) for key in expected}
-    if wanted.accept_marker and wanted.accept_marker == marker_identity(values):
-        return _with(plan, accepted=True)
-    what = {
-        "lab": "belongs to another lab",
-        "volume_id": "is a copy of another volume, or of another cloud",
-        "filesystem_uuid": "has a marker that was copied to it",
-    }
+    accept = marker_identity(values)
+    if wanted.accept_marker == accept:
+        return replace(plan, accepted=True)
     return stop(
-        f"the volume {' and '.join(what[key] for key in differs)}",
+        f"the volume {' and '.join(MISMATCH[key] for key in differs)}",
         expected=_identities(expected),
-        found=_identities(found),
-        next_step=f"attach the right volume; or, to take this one over on purpose, set block_volume_accept_marker: {marker_identity(values)}",
+        found=_identities({key: str(values.get(key, "")) for key in expected}),
+        next_step=f"attach the right volume; to take this one over on purpose: block_volume_accept_marker={accept}",
     )
+
+
+MISMATCH = {
+    "lab": "belongs to another lab",
+    "volume_id": "is a copy of another volume, or from another cloud",
+    "filesystem_uuid": "carries the marker of another filesystem",
+}
 
 
 def marker_identity(values: Mapping[str, Any]) -> str:
     """What block_volume_accept_marker must say to take a volume with this marker over."""
-    return f"{values.get('lab') or '-'}/{values.get('volume_id') or '-'}/{values.get('filesystem_uuid') or '-'}"
-
-
-def _with(plan: Plan, **changes: Any) -> Plan:
-    return Plan(**{**plan.__dict__, **changes})
+    return "/".join(str(values.get(key) or "-") for key in ("lab", "volume_id", "filesystem_uuid"))
 
 
 def _identities(values: Mapping[str, str]) -> str:
     return ", ".join(f"{key.replace('_', ' ')} {value or '(none)'}" for key, value in values.items())
 
 
-def _extents(extents: Any) -> str:
+def _extents(extents: Iterable[Extent]) -> str:
     return ", ".join(f"#{e.number} {e.start}+{e.size}" for e in extents) or "no partitions"
 
 

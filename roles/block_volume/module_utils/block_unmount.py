@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 
-from ansible.module_utils.block_facts import ask, exclusive_refused, mounts, read_text
+from ansible.module_utils.block_facts import exclusive_refused
+from ansible.module_utils.block_host import ask, mounts, read_text
 
 
 def users_of(number: int, mount_point: str) -> list[str]:
-    """Who would keep the volume busy: processes, other mounts of it here, and mounts in containers that a plain unmount doesn't reach.
+    """Who would keep the volume busy: processes, other mounts, and mounts in containers that an unmount doesn't reach.
 
     Names and process ids only: command lines may hold secrets.
     """
@@ -42,7 +43,7 @@ def _open_path(pid: str, device: int) -> str:
     for line in read_text(f"/proc/{pid}/maps").splitlines():
         fields = line.split(maxsplit=5)
         if len(fields) == 6 and fields[3] == wanted:
-            return fields[5]
+            return str(fields[5])
     return ""
 
 
@@ -51,7 +52,7 @@ def unmount(mount_point: str, device: str) -> str:
     ask("sync", "--file-system", mount_point)
     answer = ask("umount", mount_point)
     if answer.rc:
-        return answer.words
+        return str(answer.words)
     if device and exclusive_refused(device):
         return f"it is unmounted here, but {device} is still held by another mount namespace or program"
     return ""

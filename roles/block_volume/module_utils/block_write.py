@@ -12,22 +12,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ansible.module_utils.block_facts import (
-    Answer,
-    ask,
-    exclusive_refused,
-    ext_state,
-    kernel_path,
-    mounts,
-    read_area,
-    read_content,
-    read_table,
-    read_text,
-    remains_of_mkfs,
-    serial_of,
-    sysfs,
-)
-from ansible.module_utils.block_plan import LAYOUT_VERSION, Facts, Plan, Wanted, is_uuid, partition_name
+from ansible.module_utils.block_bytes import ext_state, read_content, remains_of_mkfs
+from ansible.module_utils.block_facts import exclusive_refused, read_area, read_table
+from ansible.module_utils.block_host import Answer, ask, kernel_path, mounts, read_text, serial_of, sysfs
+from ansible.module_utils.block_model import LAYOUT_VERSION, Area, Facts, Plan, Wanted
+from ansible.module_utils.block_plan import is_uuid, partition_name
 
 ENDS = 4 << 20  # bytes of head and tail that are read once more right before the table is written
 NODE_SECONDS = 30
@@ -47,7 +36,7 @@ def must(answer: Answer, what: str) -> str:
     """The output of a tool that has to succeed."""
     if answer.rc:
         raise Failed(f"{what} failed: {answer.words}")
-    return answer.out
+    return str(answer.out)
 
 
 # -- partition table and filesystem -------------------------------------------------------------------
@@ -84,14 +73,17 @@ def still_blank(fd: int, facts: Facts) -> None:
         raise Refused(f"{disk.path} isn't the disk any more that was looked at")
     if os.lseek(fd, 0, os.SEEK_END) != disk.size:
         raise Refused(f"{disk.path} has changed its size")
-    again = read_area(disk.path)
-    if again.kind or again.usage or again.table or again.signatures or again.unknown:
-        raise Refused(
-            f"{disk.path} isn't blank any more: {again.kind or again.table or again.signatures or again.unknown}"
-        )
+    still_nothing(read_area(disk.path))
     for offset in (0, max(0, disk.size - ENDS)):
         if os.pread(fd, ENDS, offset).strip(b"\0"):
             raise Refused(f"{disk.path} isn't blank any more near offset {offset}")
+
+
+def still_nothing(area: Area) -> None:
+    """Raises Refused unless the tools still recognise nothing and nobody uses it."""
+    seen = area.kind or area.usage or area.table or area.signatures or area.unknown
+    if seen or area.holders or area.swap or area.mounted_at:
+        raise Refused(f"{area.path} isn't blank any more: {seen or 'it is in use'}")
 
 
 def write_table(disk: str, wanted: Wanted) -> None:
@@ -124,7 +116,7 @@ def wait_for_partition(disk: str) -> str:
             major, _, minor = read_text(f"{home}/{child}/dev").partition(":")
             path = kernel_path(os.makedev(int(major), int(minor)))
             if len(extents) == 1 and known == (extents[0].start, extents[0].size) and os.path.exists(path):
-                return path
+                return str(path)
         ask("partx", "--update", disk)
         time.sleep(0.3)
     raise Failed(f"the partition of {disk} didn't appear within {NODE_SECONDS} s")
@@ -133,17 +125,7 @@ def wait_for_partition(disk: str) -> str:
 def make_filesystem(partition: str, resume: bool) -> None:
     """ext4 as mkfs makes it by default, without force: it looks for itself, too, and refuses what isn't blank."""
     area = read_area(partition)
-    if (
-        area.kind
-        or area.usage
-        or area.table
-        or area.signatures
-        or area.unknown
-        or area.holders
-        or area.swap
-        or area.mounted_at
-    ):
-        raise Refused(f"{partition} isn't blank any more: {area.kind or area.signatures or area.unknown or 'in use'}")
+    still_nothing(area)
     content = read_content(partition, area.size, area.size if resume else 0)
     if content.data_at is not None and not (resume and remains_of_mkfs(partition, area.size)):
         raise Refused(f"{partition} isn't blank any more: a byte at offset {content.data_at}")
@@ -159,7 +141,8 @@ def make_filesystem(partition: str, resume: bool) -> None:
 def fstab_line(plan: Plan, wanted: Wanted) -> str:
     """Our line. x-labctl.volume marks it as ours; programs ignore options that begin with x-."""
     options = f"{MOUNT_OPTIONS},x-labctl.volume={wanted.volume_id or 'unnamed'}"
-    return f"UUID={plan.uuid} {wanted.mount_point} {plan.filesystem} {options} 0 {2 if plan.filesystem.startswith('ext') else 0}"
+    check_at_boot = 2 if plan.filesystem.startswith("ext") else 0
+    return f"UUID={plan.uuid} {wanted.mount_point} {plan.filesystem} {options} 0 {check_at_boot}"
 
 
 def fstab_with(text: str, line: str, mount_point: str) -> str:
@@ -222,7 +205,10 @@ def is_protected(directory: str) -> bool:
 
 
 def mount(plan: Plan, wanted: Wanted) -> bool:
-    """Mount by the line in /etc/fstab and check that it is the device of the plan; returns whether the bare directory is protected."""
+    """Mount by the line in /etc/fstab and check that it is the plan's device.
+
+    Returns whether the bare directory below is protected.
+    """
     if plan.filesystem.startswith("ext") and ext_state(plan.device)[1]:
         answer = ask("e2fsck", "-p", plan.device, detached=True)  # what the boot would run; 1 and 2: repaired
         if answer.rc >= 4:

@@ -1,0 +1,238 @@
+"""What may be done to a volume, as a table: each case names what would be lost if the decision were another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ansible.module_utils
+import pytest
+
+ansible.module_utils.__path__.append(str(Path(__file__).parents[2] / "roles/block_volume/module_utils"))
+
+from ansible.module_utils import block_write  # noqa: E402
+from ansible.module_utils.block_model import (  # noqa: E402
+    INITIALISE,
+    NEVER,
+    STOP,
+    USE,
+    Area,
+    Content,
+    Extent,
+    Facts,
+    Marker,
+    MountPoint,
+    Partition,
+    Plan,
+    Table,
+    Wanted,
+)
+from ansible.module_utils.block_plan import decide, identity, marker_identity, refuse_path  # noqa: E402
+
+GIB = 1 << 30
+ID = "0b6b2d0e-5d3e-4a55-8f9f-2f0d3a5f9a11"
+FS = "6318a73b-2fe1-4efb-acd9-8313367ac135"
+WANTED = Wanted(mount_point="/mnt/block", volume_id=ID, lab="food")
+ZERO = Content(proven_zero=True, bytes_read=2 * GIB, seconds=2)
+DATA = Content(data_at=GIB, bytes_read=GIB, seconds=1)
+DISK = Area(path="/dev/vdb", size=2 * GIB, content=ZERO)
+GPT = ((510, "PMBR"), (512, "gpt"), (2 * GIB - 512, "gpt"))
+EXTENT = Extent(1, 1 << 20, 2 * GIB - (2 << 20))
+TABLE = Table(kind="gpt", guid="1" * 8, extents=(EXTENT,), names={1: "primary"})
+OURS = Table(kind="gpt", guid=ID, extents=(EXTENT,), names={1: f"labctl:{ID[:20]}"})
+EXT4 = Area("/dev/vdb1", EXTENT.size, kind="ext4", usage="filesystem", uuid=FS, signatures=((1080, "ext4"),))
+MARKER = {"lab": "food", "volume_id": ID, "filesystem_uuid": FS, "layout_version": 1}
+
+
+def blank(**changes: Any) -> Facts:
+    return Facts(disk=replace(DISK, **changes), serial=ID[:20])
+
+
+def whole(kind: str, usage: str = "filesystem", **changes: Any) -> Facts:
+    area = Area("/dev/vdb", 2 * GIB, kind=kind, usage=usage, uuid=FS, signatures=((0, kind),))
+    return Facts(disk=replace(area, **changes))
+
+
+def partitioned(area: Area = EXT4, table: Table = TABLE, **changes: Any) -> Facts:
+    disk = Area("/dev/vdb", 2 * GIB, table="gpt", signatures=GPT)
+    return replace(Facts(disk=disk, table=table, partitions=(Partition(EXTENT, area),)), **changes)
+
+
+def on_disk(**changes: Any) -> Facts:
+    return replace(partitioned(), disk=replace(partitioned().disk, **changes))
+
+
+USED = [
+    ("a tutorial-made volume", partitioned()),
+    ("a whole-disk ext4", whole("ext4")),
+    ("a whole-disk xfs", whole("xfs")),
+    ("an ext4 that wipefs calls ext3", whole("ext4", signatures=((1080, "ext3"),))),
+    ("a FAT with its boot sector", whole("vfat", signatures=((0, "vfat"), (510, "dos")))),
+    ("our own volume", partitioned(table=OURS, marker=Marker(MARKER))),
+    ("our volume, mounted", partitioned(mount_point=MountPoint(source="/dev/vdb1", ours=True), marker=Marker(MARKER))),
+    ("our volume, mounted, the disk is busy by that", partitioned(
+        replace(EXT4, busy=True, mounted_at=("/mnt/block", "/srv/x")), mount_point=MountPoint("/dev/vdb1", True))),
+    ("a marker with fields of later versions", partitioned(marker=Marker({**MARKER, "postgres_major": 17}))),
+    ("a grown disk whose backup GPT isn't at its end", on_disk(signatures=GPT[:2])),
+    ("a journal not replayed, its marker half written", partitioned(marker=Marker(problem="garbage", stale=True))),
+]  # fmt: skip
+
+STOPPED = [
+    ("data in the middle", blank(content=DATA), "unknown kind"),
+    ("only samples of a huge disk read", blank(size=2**42, content=Content(bytes_read=GIB, seconds=1)), "too large"),
+    ("nothing read at all", blank(content=Content()), "too large"),
+    ("blkid missing", blank(unknown=("blkid isn't installed",)), "unknown counts as data"),
+    ("wipefs failed on a partition", partitioned(replace(EXT4, unknown=("wipefs: I/O error",))), "unknown counts"),
+    ("the root disk", Facts(disk=DISK, root_disk=True), "runs from"),
+    ("a partition named instead of a disk", replace(blank(), whole_disk=False), "isn't a disk"),
+    ("a device without size", blank(size=0), "isn't a disk"),
+    ("LUKS", whole("crypto_LUKS", "crypto"), "LUKS"),
+    ("an LVM physical volume", whole("LVM2_member", "raid"), "LVM"),
+    ("a software RAID member", whole("linux_raid_member", "raid"), "software RAID"),
+    ("a ZFS pool's member, which libblkid calls a filesystem", whole("zfs_member"), "ZFS"),
+    ("bcache", whole("bcache", "other"), "bcache"),
+    ("swap space", whole("swap", "other"), "swap"),
+    ("a disc image", whole("iso9660"), "disc image"),
+    ("a squashfs", whole("squashfs"), "read-only image"),
+    ("an unknown member", whole("newthing_member", "raid"), "something larger"),
+    ("a signature that only wipefs knows", whole("", "", signatures=((0, "odd"),)), "odd"),
+    ("contradicting signatures", whole("", "", ambivalent=True, signatures=((0, "xfs"), (1080, "ext4"))), "contradict"),
+    ("ext4 with an old RAID's superblock behind it", whole("ext4", signatures=((0, "ext4"), (9, "mdraid"))), "else"),
+    ("a filesystem without UUID", whole("minix", uuid=""), "no UUID"),
+    ("an empty GPT", replace(partitioned(table=Table("gpt")), partitions=()), "no partitions"),
+    ("two partitions", partitioned(table=replace(TABLE, extents=(EXTENT, Extent(2, 5, 5))),
+        partitions=(Partition(EXTENT, EXT4), Partition(Extent(2, 5, 5), EXT4))), "2 partitions"),
+    ("a partition that only the kernel knows", partitioned(table=replace(TABLE, extents=())), "disagree"),
+    ("a partition that only the disk knows", replace(partitioned(), partitions=()), "disagree"),
+    ("a table overwritten while the kernel still knows it", replace(partitioned(), disk=DISK), "no partition table"),
+    ("a destroyed primary GPT", on_disk(signatures=GPT[2:]), "primary GPT"),
+    ("a GPT over a whole-disk ext4", on_disk(kind="ext4", usage="filesystem"), "something else"),
+    ("a GPT beside a ZFS label", on_disk(signatures=(*GPT, (9, "zfs_member"))), "something else"),
+    ("somebody's blank partition", partitioned(Area("/dev/vdb1", GIB, content=ZERO)), "no filesystem"),
+    ("somebody's partition with raw data", partitioned(Area("/dev/vdb1", GIB, content=DATA)), "no filesystem"),
+    ("our table, and raw data in the partition",
+        partitioned(Area("/dev/vdb1", GIB, content=DATA), OURS), "unknown kind"),
+    ("our table of another volume, blank partition",
+        partitioned(Area("/dev/vdb1", GIB, content=ZERO), replace(OURS, guid="other")), "no filesystem"),
+    ("LUKS in a partition", partitioned(replace(EXT4, kind="crypto_LUKS", usage="crypto")), "LUKS"),
+    ("a table in a partition", partitioned(replace(EXT4, kind="", usage="", table="dos")), "of its own"),
+    ("mounted elsewhere", partitioned(replace(EXT4, mounted_at=("/data",))), "mounted elsewhere"),
+    ("held by device-mapper", partitioned(replace(EXT4, holders=("dm-0",))), "in use by dm-0"),
+    ("used as swap", whole("ext4", swap=True), "swap"),
+    ("held in another namespace", partitioned(replace(EXT4, busy=True)), "isn't mounted here"),
+    ("read-only volume", partitioned(replace(EXT4, read_only=True)), "read-only"),
+    ("mounted read-only", partitioned(mount_point=MountPoint("/dev/vdb1", True, read_only=True)), "read-only"),
+    ("two devices with the same filesystem", partitioned(same_uuid=("/dev/vdc1",)), "a copy"),
+    ("blank but in use", blank(holders=("dm-0",)), "can't be had alone"),
+    ("blank but opened exclusively", blank(busy=True), "can't be had alone"),
+    ("blank but read-only", blank(read_only=True), "can't be had alone"),
+    ("another mount in the way", partitioned(mount_point=MountPoint("/dev/vdc1")), "something else is mounted"),
+    ("files under the mount point", partitioned(mount_point=MountPoint(entries=("postgres_data",))), "isn't empty"),
+    ("a link as mount point", partitioned(mount_point=MountPoint(symlink=True)), "symbolic link"),
+    ("a file as mount point", partitioned(mount_point=MountPoint(not_directory=True)), "isn't a directory"),
+    ("a foreign fstab line", partitioned(mount_point=MountPoint(fstab_claim="/dev/vdc1 /mnt/block")), "claims"),
+    ("another lab's volume", partitioned(marker=Marker({**MARKER, "lab": "mine"})), "another lab"),
+    ("a copy of the volume", partitioned(marker=Marker({**MARKER, "volume_id": "other"})), "copy of another volume"),
+    ("files copied from another volume", partitioned(marker=Marker({**MARKER, "filesystem_uuid": "o"})), "another file"),
+    ("a newer layout", partitioned(marker=Marker({**MARKER, "layout_version": 2})), "newer labctl"),
+    ("a marker without a version", partitioned(marker=Marker({"lab": "food"})), "newer labctl"),
+    ("an unreadable marker", partitioned(marker=Marker(problem="it isn't JSON")), "can't be read"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("facts"), [pytest.param(f, id=name) for name, f in USED])
+def test_what_holds_a_filesystem_is_mounted_as_it_is(facts: Facts) -> None:
+    plan = decide(facts, WANTED)
+    assert plan.action == USE, plan
+    assert plan.uuid == FS
+
+
+@pytest.mark.parametrize(("facts", "words"), [pytest.param(f, w, id=name) for name, f, w in STOPPED])
+def test_what_could_lose_data_stops(facts: Facts, words: str) -> None:
+    plan = decide(facts, WANTED)
+    assert plan.action == STOP, plan
+    assert words in plan.reason
+    assert plan.next_step
+
+
+@pytest.mark.parametrize(("facts"), [pytest.param(f, id=name) for name, f, _words in STOPPED])
+def test_nothing_that_stops_is_initialised_for_having_no_id(facts: Facts) -> None:
+    assert decide(facts, replace(WANTED, volume_id="", lab="")).action != INITIALISE
+
+
+def test_a_blank_disk_is_initialised() -> None:
+    plan = decide(blank(), WANTED)
+    assert (plan.action, plan.device, plan.resume) == (INITIALISE, "/dev/vdb", False)
+
+
+def test_a_blank_disk_stays_blank_when_told_so() -> None:
+    assert decide(blank(), replace(WANTED, format=NEVER)).action == STOP
+
+
+@pytest.mark.parametrize("content", [ZERO, replace(DATA, remains_of_mkfs=True)])
+def test_a_run_cut_off_before_or_in_mkfs_is_finished(content: Content) -> None:
+    plan = decide(partitioned(Area("/dev/vdb1", GIB, content=content), OURS), WANTED)
+    assert (plan.action, plan.device, plan.resume) == (INITIALISE, "/dev/vdb1", True)
+
+
+def test_remains_of_mkfs_count_only_under_our_own_table() -> None:
+    content = replace(DATA, remains_of_mkfs=True)
+    assert decide(partitioned(Area("/dev/vdb1", GIB, content=content)), WANTED).action == STOP
+    assert decide(blank(content=content), WANTED).action == STOP
+
+
+def test_an_unmarked_volume_is_adopted_and_a_marked_one_isnt() -> None:
+    assert decide(partitioned(), WANTED).adopt
+    assert not decide(partitioned(marker=Marker(MARKER)), WANTED).adopt
+
+
+def test_another_identity_is_accepted_only_by_its_own_name() -> None:
+    facts = partitioned(marker=Marker({**MARKER, "lab": "mine"}))
+    name = marker_identity(facts.marker.values)
+    assert name in decide(facts, WANTED).next_step
+    assert decide(facts, replace(WANTED, accept_marker="mine/other")).action == STOP
+    assert decide(facts, replace(WANTED, accept_marker=name)).accepted
+
+
+def test_without_a_lab_or_an_id_the_filesystem_is_still_compared() -> None:
+    bare = replace(WANTED, lab="", volume_id="")
+    assert decide(partitioned(marker=Marker({**MARKER, "lab": "mine"})), bare).action == USE
+    assert decide(partitioned(marker=Marker({**MARKER, "filesystem_uuid": "other"})), bare).action == STOP
+
+
+def test_the_marker_is_compared_again_once_the_journal_is_replayed() -> None:
+    plan = decide(partitioned(marker=Marker(problem="garbage", stale=True)), WANTED)
+    assert identity(Marker({**MARKER, "lab": "mine"}), WANTED, plan).action == STOP
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/etc", "/usr/x", "/home", "/var/lib", "/mnt", "x", "/a/../etc", "/a b", "/a\n/b"]
+)
+def test_system_paths_are_no_mount_points(path: str) -> None:
+    assert refuse_path(path)
+
+
+@pytest.mark.parametrize("path", ["/mnt/block", "/data", "/srv/labctl/block", "/home/cc/volume"])
+def test_other_paths_are(path: str) -> None:
+    assert not refuse_path(path)
+
+
+def test_fstab_keeps_every_other_byte() -> None:
+    plan = Plan(USE, "", "/dev/vdb1", 1, "ext4", FS)
+    line = block_write.fstab_line(plan, WANTED)
+    text = "# a comment\nUUID=x  /  ext4\tdefaults 0 1\n\n/dev/sr0 /media/cdrom auto noauto"
+    new = block_write.fstab_with(text, line, "/mnt/block")
+    assert new == f"{text}\n{line}\n"
+    assert block_write.fstab_with(new, line, "/mnt/block") == new
+    older = new.replace(FS, "older")
+    assert block_write.fstab_with(older, line, "/mnt/block") == new
+    assert line.split()[3].startswith("defaults,nofail,x-systemd.device-timeout=30s")
+
+
+def test_the_marker_keeps_what_it_doesnt_know() -> None:
+    plan = decide(partitioned(), WANTED)
+    first = block_write.marker_for({}, plan, WANTED, "a")
+    assert first["origin"] == "adopted"
+    again = block_write.marker_for({**first, "postgres_major": 17}, plan, replace(WANTED, lab=""), "b")
+    assert again == {**first, "postgres_major": 17, "last_attached_to": "b"}
