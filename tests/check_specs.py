@@ -20,7 +20,9 @@ def main() -> int:
         for name in sorted(public - options.keys()):
             print(f"{role.name}: {name} has a default and no entry in argument_specs.yml")
             wrong += 1
-        for name in sorted(name for name, option in options.items() if name not in public and not option.get("required")):
+        for name in sorted(
+            name for name, option in options.items() if name not in public and not option.get("required")
+        ):
             print(f"{role.name}: {name} is optional in argument_specs.yml and has no default")
             wrong += 1
         if not (role / "README.md").is_file():

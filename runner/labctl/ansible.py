@@ -119,6 +119,7 @@ def environment(folder: Path) -> dict[str, str]:
     return {
         "ANSIBLE_CONFIG": str(root / "playbooks" / "ansible.cfg"),
         "ANSIBLE_ROLES_PATH": str(root / "roles"),
+        "ANSIBLE_NOCOLOR": "1",
         "ANSIBLE_LOCAL_TEMP": str(folder / "local"),
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))),
     }
@@ -241,8 +242,8 @@ def failure_of(data: dict[str, Any]) -> LabctlError:
     """The error of a failing task: its own message once and whole, and exit 6 where a module stopped for safety."""
     result = data.get("res", {})
     where = " : ".join(part for part in (data.get("role"), data.get("task")) if part)
-    message = str(result.get("msg") or "the task failed without a message")
-    parts = [str(result[key]).strip() for key in ("stderr", "stdout", "module_stderr", "exception") if result.get(key)]
+    message = str(result.get("msg") or result.get("censored") or "the task failed without a message")
+    parts = [str(result[key]).strip() for key in ("stderr", "stdout", "module_stderr") if result.get(key)]
     if data.get("task_action", "").endswith("apt") and "stderr" in result:
         message = message.splitlines()[0]
     error = SafetyStop if result.get("safety_stop") else ConvergeFailed

@@ -7,7 +7,7 @@ again. What is durable (volume, container) and what is disposable (server, addre
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def provide(ctx: Context) -> tuple[Server, Volume]:
                 groups=["default", *groups],
                 metadata={META_LAB: lab.lab},
             )
-        step.tell("requested" if created else f"exists, {server.status}")
+        step.result("requested" if created else f"exists, {server.status}")
     volume = provide_volume(ctx)
     with progress.step(f"container {lab.container_name}"):
         stores.ensure_container(cloud, lab.container_name, {META_LAB: lab.lab})
@@ -84,11 +84,11 @@ def provide(ctx: Context) -> tuple[Server, Volume]:
         server = servers.wait_active(cloud, server.id, step.tell)
         if not created:
             networks.put_groups_on(cloud, server, groups)
-        address = networks.ensure_floating_ip(cloud, server, lab.lab)
-        server = servers.wait_address(cloud, server.id, step.tell)
+        address = networks.ensure_floating_ip(cloud, server, lab.lab).address
+        server = replace(server, address=address)  # the server's own record shows it seconds later
         if created:
-            ssh.forget(ctx.login(address.address).known_hosts, address.address)
-        step.tell(address.address)
+            ssh.forget(ctx.login(address).known_hosts, address)
+        step.result(address)
     volume = attach(ctx, server, volume)
     wait_for_login(ctx, server)
     return server, volume
@@ -107,9 +107,9 @@ def provide_volume(ctx: Context) -> Volume:
                 metadata={META_LAB: lab.lab},
                 tell=step.tell,
             )
-            step.tell(f"{volume.size_gib} GiB, new")
+            step.result(f"{volume.size_gib} GiB, new")
         else:
-            step.tell(f"{volume.size_gib} GiB, {volume.status}")
+            step.result(f"{volume.size_gib} GiB, {volume.status}")
     if note := volumes.size_note(volume, lab.volume.size_gib):
         ctx.progress.note(note)
     return volume
@@ -205,7 +205,7 @@ def play(
 
         outcome = ansible.run(run, on_step)
         verb = "would change" if check else "changed"
-        step.tell(f"ok={outcome.ok} {verb}={outcome.changed}")
+        step.result(f"ok={outcome.ok} {verb}={outcome.changed}")
     return outcome
 
 

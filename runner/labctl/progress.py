@@ -36,6 +36,7 @@ class Progress:
         self._live: Status | None = None
         self._step = ""
         self._text = ""
+        self._result = ""
         self._said = 0.0
         self._started = 0.0
         self._lock = threading.Lock()
@@ -44,7 +45,7 @@ class Progress:
     @contextmanager
     def step(self, title: str) -> Iterator[Progress]:
         """A step with a beginning and an end; `tell` says in between what it is doing."""
-        self._step, self._text, self._started = title, "", time.monotonic()
+        self._step, self._text, self._result, self._started = title, "", "", time.monotonic()
         stop = threading.Event()
         if self._console.is_terminal:
             self._live = self._console.status(escape(title))
@@ -61,15 +62,17 @@ class Progress:
             raise
         self._end(stop, ticker)
         self.timings.append(Timing(title, self._elapsed()))
-        done = f"✓ {title}"
-        self._say(
-            f"{done}: {self._text}  ({self._elapsed():.1f} s)" if self._text else f"{done}  ({self._elapsed():.1f} s)"
-        )
+        outcome = f": {self._result}" if self._result else ""
+        self._say(f"✓ {title}{outcome}  ({self._elapsed():.1f} s)")
 
     def tell(self, text: str) -> None:
         """What the current step is doing or waiting for, in a few words."""
         with self._lock:
             self._text = text
+
+    def result(self, text: str) -> None:
+        """What the current step came to; shown at its end."""
+        self._result = text
 
     def note(self, text: str, style: str | None = None) -> None:
         """A line of its own: something a person should know, not tied to a step."""
