@@ -14,8 +14,8 @@ import base64
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,35 +92,41 @@ def lab() -> Iterator[Lab]:
 
 def sweep(lab: Lab) -> None:
     """Removes all that carries the prefix; goes on after an error, and says at the end what stayed."""
-    cloud, told, stayed = lab.cloud, Told(), []
-
-    def attempt(remove: Callable[..., Any], *arguments: Any) -> None:
-        try:
-            remove(*arguments)
-        except LabctlError as error:
-            stayed.append(f"{error} {error.found}")
-
-    compute, net = cloud.compute.compute, cloud.compute.network
-    for each in [s for s in compute.servers() if str(s.name).startswith(lab.prefix)]:
-        attempt(server.delete, cloud, each.id, told)
-    for each in [v for v in volume.list_volumes(cloud) if v.name.startswith(lab.prefix)]:
-        attempt(lambda v: volume.wait_status(cloud, v.id, "available", told, 60), each)
-        attempt(volume.delete, cloud, each, told)
-    for each in list(net.ips(project_id=cloud.project_id)):
-        if lab.prefix in str(each.description or ""):
-            net.delete_ip(each.id, ignore_missing=True)
-    for each in list(net.security_groups(project_id=cloud.project_id)):
-        if str(each.name).startswith(lab.prefix):
-            net.delete_security_group(each.id, ignore_missing=True)
-    for each in [k for k in compute.keypairs() if str(k.name).startswith(lab.prefix)]:
-        compute.delete_keypair(each, ignore_missing=True)
-    for container in store.list_containers(cloud):
-        if container.name.startswith(lab.prefix):
-            attempt(store.delete_container, cloud, container.name, told)
-    with suppress(LabctlError):
-        for ours in credential.list_ours(cloud, lab.name):
-            attempt(credential.delete, cloud, ours.id)
+    stayed: list[str] = []
+    for remove in (_sweep_compute, _sweep_network, _sweep_store):
+        for attempt in remove(lab):
+            try:
+                attempt()
+            except LabctlError as error:
+                stayed.append(f"{error} {error.found}")
     assert not stayed, f"left behind in the cloud: {stayed}"
+
+
+def _sweep_compute(lab: Lab) -> Iterator[Callable[[], object]]:
+    cloud, told = lab.cloud, Told()
+    for each in [s for s in cloud.compute.compute.servers() if str(s.name).startswith(lab.prefix)]:
+        yield partial(server.delete, cloud, each.id, told)
+    for left in [v for v in volume.list_volumes(cloud) if v.name.startswith(lab.prefix)]:
+        yield partial(volume.wait_status, cloud, left.id, "available", told, 60)
+        yield partial(volume.delete, cloud, left, told)
+    for each in [k for k in cloud.compute.compute.keypairs() if str(k.name).startswith(lab.prefix)]:
+        yield partial(cloud.compute.compute.delete_keypair, each)
+
+
+def _sweep_network(lab: Lab) -> Iterator[Callable[[], object]]:
+    net, project = lab.cloud.compute.network, lab.cloud.project_id
+    for each in [ip for ip in net.ips(project_id=project) if lab.prefix in str(ip.description or "")]:
+        yield partial(net.delete_ip, each.id)
+    for each in [g for g in net.security_groups(project_id=project) if str(g.name).startswith(lab.prefix)]:
+        yield partial(net.delete_security_group, each.id)
+
+
+def _sweep_store(lab: Lab) -> Iterator[Callable[[], object]]:
+    for container in store.list_containers(lab.cloud):
+        if container.name.startswith(lab.prefix):
+            yield partial(store.delete_container, lab.cloud, container.name, Told())
+    for ours in credential.list_ours(lab.cloud, lab.name):
+        yield partial(credential.delete, lab.cloud, ours.id)
 
 
 def make_server(lab: Lab, name: str) -> Server:

@@ -159,7 +159,9 @@ def test_the_labs_credential_is_made_once_narrow_and_expiring(lab: Lab) -> None:
     second = credential.create(lab.cloud, lab.name, "0a1b2c3d-more", ends)
     assert first.name == second.name == f"labctl-{lab.name}-0a1b2c3d"
     assert [c.id for c in credential.list_ours(lab.cloud, lab.name)] == [second.id]
-    assert second.secret not in repr(second)
+    assert str(second.secret) not in repr(second)
+    assert credential.lives(second, timedelta(minutes=50))
+    assert not credential.lives(second)
     assert str(second.expires_at).startswith(ends.strftime("%Y-%m-%dT%H:%M"))
     assert credential.delete(lab.cloud, second.id) is True
     assert credential.delete(lab.cloud, second.id) is False
@@ -204,6 +206,7 @@ def test_no_secret_gets_into_the_libraries_own_debug_log(lab: Lab, caplog: pytes
 
 
 def test_importing_the_cloud_package_costs_nothing_until_it_is_used() -> None:
-    code = "import sys, labctl.cloud.session, labctl.cloud.volume, labctl.inventory; print({'chi','openstack'} & set(sys.modules))"
+    modules = "labctl.cloud.session, labctl.cloud.volume, labctl.inventory"
+    code = f"import sys, {modules}; print({{'chi', 'openstack', 'keystoneauth1'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -12,6 +12,8 @@ from labctl.models import Credential
 
 #: How long a credential lives when nobody says otherwise: a semester's month; `up` makes a new one before that.
 LIFETIME = timedelta(days=30)
+#: A credential with less than this left is due for renewal: a lab that is touched weekly never meets the end.
+MARGIN = timedelta(days=7)
 #: Roles that a credential is narrowed to where the user has them. `member` reads and writes objects; `reader` is what
 #: newer policies ask for when listing (a member-only credential gets 403 at Chameleon).
 ROLES = ("member", "reader")
@@ -20,6 +22,13 @@ ROLES = ("member", "reader")
 def name_of(lab: str, server_id: str) -> str:
     """`labctl-LAB-` and the first eight characters of the server's id."""
     return f"labctl-{lab}-{server_id[:8]}"
+
+
+def lives(credential: Credential, for_at_least: timedelta = MARGIN) -> bool:
+    """Whether a credential has that long to live; one without an end has."""
+    if credential.expires_at is None:
+        return True
+    return datetime.fromisoformat(credential.expires_at).replace(tzinfo=UTC) - datetime.now(UTC) >= for_at_least
 
 
 def create(cloud: Cloud, lab: str, server_id: str, expires_at: datetime | None = None) -> Credential:

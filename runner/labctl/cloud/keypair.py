@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+from typing import Any
 
 from labctl.cloud.refusals import refusals, status_of
 from labctl.cloud.session import Cloud
@@ -37,7 +38,7 @@ def ensure(cloud: Cloud, public_key: str, prefix: str) -> str:
     name = f"{prefix}-{fingerprint(public_key)}"
     compute = cloud.compute.compute
     with refusals(f"register the key pair {name}"):
-        found = compute.find_keypair(name)
+        found = _get(cloud, name)
         if found is None:
             try:
                 compute.create_keypair(name=name, public_key=public_key.strip())
@@ -56,11 +57,20 @@ def ensure(cloud: Cloud, public_key: str, prefix: str) -> str:
     return name
 
 
+def _get(cloud: Cloud, name: str) -> Any:
+    try:
+        return cloud.compute.compute.get_keypair(name)
+    except Exception as error:
+        if status_of(error) == 404:
+            return None
+        raise
+
+
 def delete(cloud: Cloud, public_key: str, prefix: str) -> bool:
     """Deletes the pair that `ensure` made for this key; False when there is none."""
     name = f"{prefix}-{fingerprint(public_key)}"
     with refusals(f"delete the key pair {name}"):
-        if cloud.compute.compute.find_keypair(name) is None:
+        if _get(cloud, name) is None:
             return False
         cloud.compute.compute.delete_keypair(name)
     return True

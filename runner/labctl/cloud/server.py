@@ -15,17 +15,29 @@ from labctl.models import Server, Tell
 ACTIVE_TIMEOUT = 600
 #: Seconds until a deleted server is gone. Usually 5 s; a hypervisor under load took minutes.
 DELETE_TIMEOUT = 300
+#: Nova goes on saying ACTIVE of a server that it deletes and SHUTOFF of one that it starts: the task says more.
+_BUSY_WITH = {"deleting": "DELETING", "powering-on": "STARTING"}
+#: States in which Nova still shows a server that is no more.
+GONE = frozenset({"DELETED", "SOFT_DELETED"})
 #: Seconds until Nova's record shows an address that Neutron has associated (1 to 2 s seen).
 ADDRESS_TIMEOUT = 60
 
 
-def find(cloud: Cloud, name: str) -> Server | None:
+def find(cloud: Cloud, name: str, tell: Tell | None = None) -> Server | None:
     """The server of that name, or None. One request.
 
-    Raises CloudRefused when the project has several: names aren't unique, and guessing one could cost data.
+    One that is being deleted has the status DELETING; with `tell` it is waited for until it is gone, so that a new
+    one can have its address and volume. Raises CloudRefused when the project has several of that name: names aren't
+    unique, and guessing one could cost data.
     """
     with refusals(f"look for server {name}"):
-        found = [s for s in cloud.compute.compute.servers(details=True, name=f"^{name}$") if s.name == name]
+        listed = cloud.compute.compute.servers(details=True, name=f"^{name}$")
+        # A server is listed for a moment after its deletion.
+        found = [s for s in listed if s.name == name and s.status not in GONE]
+    if tell is not None:
+        for deleting in [s for s in found if s.task_state == "deleting"]:
+            _wait_gone(cloud, str(deleting.id), tell, DELETE_TIMEOUT)
+            found.remove(deleting)
     if len(found) > 1:
         raise CloudRefused(
             f"there are {len(found)} servers called {name}",
@@ -40,7 +52,8 @@ def get(cloud: Cloud, server_id: str) -> Server | None:
     """The server with that id, or None. One request."""
     with refusals(f"read server {server_id}"):
         try:
-            return record(cloud.compute.compute.get_server(server_id))
+            server = record(cloud.compute.compute.get_server(server_id))
+            return None if server.status in GONE else server
         except Exception as error:
             if status_of(error) == 404:
                 return None
@@ -60,7 +73,7 @@ def record(server: Any) -> Server:
     return Server(
         id=str(server.id),
         name=str(server.name),
-        status=str(server.status),
+        status=_BUSY_WITH.get(str(server.task_state), str(server.status)),
         address=address("floating"),
         fixed_address=address("fixed"),
         key_name=server.key_name,
@@ -215,7 +228,7 @@ _START_WITH = {
 
 
 def start(cloud: Cloud, server_id: str) -> None:
-    """Starts a server that is SHUTOFF; nothing happens to one that runs."""
+    """Starts a server that is SHUTOFF (`wait_active` waits for it); nothing happens to one that runs."""
     with refusals(f"start server {server_id}"):
         try:
             cloud.compute.compute.start_server(server_id)
@@ -258,18 +271,21 @@ def delete(cloud: Cloud, server_id: str, tell: Tell, *, wait: bool = True, timeo
                 return False
             raise
 
+    if wait:
+        _wait_gone(cloud, server_id, tell, timeout)
+    return True
+
+
+def _wait_gone(cloud: Cloud, server_id: str, tell: Tell, timeout: float) -> None:
     def look() -> tuple[bool | None, str]:
         server = get(cloud, server_id)
-        if server is None or server.status in ("DELETED", "SOFT_DELETED"):
+        if server is None:
             return True, "gone"
-        return None, f"server {server.name} is being deleted ({server.status})"
+        return None, f"server {server.name} is being deleted"
 
-    if not wait:
-        return True
     gone, seen, passed = wait_until(look, tell, timeout)
     if not gone:
         raise CloudRefused(
             f"{seen}, and not gone after {passed:.0f} s",
             next_step="run the same command again, or ask the site's help desk",
         )
-    return True

@@ -272,7 +272,7 @@ def _login_from_file(site: Site, name: str, region: str | None) -> _Login:
                 source=str(config.config_filename or path or "./clouds.yaml, ~/.config/openstack, /etc/openstack"),
                 next_step=_CREDENTIAL_HELP,
             )
-        entry = config.get_one(cloud=name, validate=False, **({"region_name": region} if region else {})).config
+        entry = config.get_one(cloud=name, validate=False).config
     except ConfigException as error:
         raise ConfigError(
             "clouds.yaml can't be used", found=str(error), source=source, next_step="mend the file"
