@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-SCENARIO = Path(__file__).parents[1]
-sys.path[:0] = [str(SCENARIO), str(SCENARIO.parents[1] / "tests")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[3] / "tests"))
 
 import nodes
 import store
 
 testinfra_hosts = ["ansible://all"]
 
+SCENARIO = Path(__file__).parents[1]
 MOUNT, VIEW = "/mnt/object", "/srv/labctl/mnt/Food-11"
 SMALL = "training/class_01/1_2.bin"
 RECOVERY_SECONDS = 15

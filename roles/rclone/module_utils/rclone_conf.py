@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 HEADER = re.compile(r"^\s*\[(?P<name>[^\]]+)\]\s*$")
+COMMENT = ("#", ";")
 ENCRYPTED = "RCLONE_ENCRYPT_V0:"
 
 
@@ -19,16 +20,20 @@ def refuse_unreadable(text):
 
 
 def _sections(text):
-    """(name, first line, line after the last) of each section, in order."""
+    """(name, first line, line after the last) of each section, in order; a comment belongs to what it stands above."""
     lines = text.splitlines(keepends=True)
-    starts = [(number, match.group("name")) for number, line in enumerate(lines) if (match := HEADER.match(line))]
-    ends = [number for number, _name in starts[1:]] + [len(lines)]
-    return lines, [(name, start, end) for (start, name), end in zip(starts, ends, strict=True)]
+    starts = [number for number, line in enumerate(lines) if HEADER.match(line)]
+    sections = []
+    for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+        while lines[end - 1].strip() == "" or lines[end - 1].lstrip().startswith(COMMENT):
+            end -= 1
+        sections.append((HEADER.match(lines[start]).group("name"), start, end))
+    return lines, sections
 
 
 def _options(lines):
     """key → value of the lines of a section."""
-    pairs = (line.split("=", 1) for line in lines if "=" in line and not line.lstrip().startswith(("#", ";")))
+    pairs = (line.split("=", 1) for line in lines if "=" in line and not line.lstrip().startswith(COMMENT))
     return {key.strip(): value.strip() for key, value in pairs}
 
 
@@ -56,8 +61,7 @@ def with_section(text, remote, options):
     lines, sections = _sections(text)
     for name, start, end in sections:
         if name == remote:
-            rest = lines[end:]
-            return "".join([*lines[:start], *wanted, *(["\n"] if rest else []), *rest])
+            return "".join([*lines[:start], *wanted, *lines[end:]])
     if lines and not lines[-1].endswith("\n"):
         lines[-1] += "\n"
-    return "".join([*lines, *(["\n"] if lines and lines[-1].strip() else []), *wanted])
+    return "".join([*lines, *(["\n"] if lines else []), *wanted])
