@@ -4,9 +4,9 @@
     food11.py make FILE [--images N] [--pixels P] [--seed S]     N from 33 up to 16643, the size of the real set
     food11.py serve FILE [--address A] [--port P]                prints the URL, then serves until it is stopped
 
-As in the real Food-11.zip, the folders training, validation and evaluation hold `<class>_<number>.jpg`, with the real set's
-share of each class. An image's class shows in its colours and its texture, with enough of a spread that a simple model is better
-than chance and not perfect. The same arguments give the same file, byte for byte.
+As in the real Food-11.zip, the folders training, validation and evaluation hold `<class>_<number>.jpg`, with the
+real set's share of each class. An image's class shows in its colours and its texture, with enough of a spread that a
+simple model is better than chance and not perfect. The same arguments give the same file, byte for byte.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFilter
 
-#: Images by class in the real set (11 classes: bread, dairy product, dessert, egg, fried food, meat, noodles or pasta, rice,
+#: Images by class in the real set (bread, dairy product, dessert, egg, fried food, meat, noodles or pasta, rice,
 #: seafood, soup, vegetable or fruit), from the description at https://mmspg.epfl.ch/food-image-datasets.
 REAL_COUNTS = {
     "training": (994, 429, 1500, 986, 848, 1325, 440, 280, 855, 1500, 709),
