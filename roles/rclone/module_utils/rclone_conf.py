@@ -24,8 +24,9 @@ def _sections(text):
     lines = text.splitlines(keepends=True)
     starts = [number for number, line in enumerate(lines) if HEADER.match(line)]
     sections = []
-    for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
-        while lines[end - 1].strip() == "" or lines[end - 1].lstrip().startswith(COMMENT):
+    for number, start in enumerate(starts):
+        end = starts[number + 1] if number + 1 < len(starts) else len(lines)
+        while not lines[end - 1].strip() or lines[end - 1].lstrip().startswith(COMMENT):
             end -= 1
         sections.append((HEADER.match(lines[start]).group("name"), start, end))
     return lines, sections
