@@ -111,7 +111,7 @@ def start_cloud(config: SandboxConfig, job: Job) -> None:
             *("--device", "/dev/loop-control"),
             *("--device-cgroup-rule", "b 7:* rmw", "--device-cgroup-rule", "b 259:* rmw"),
             *("-v", f"{socket_path()}:/opt/labcloud/docker.sock"),
-            *("-v", f"{config.volumes}:/var/lib/labcloud/volumes", images.cloud_image(), "/sbin/init"),
+            *("-v", f"{config.volumes}:/var/lib/labcloud/volumes", images.cloud_image()),
         )
     if not running:
         files = {

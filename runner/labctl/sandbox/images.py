@@ -201,7 +201,7 @@ def build_cloud(config: SandboxConfig, commands: Commands, job: Job) -> None:
     remove_own(name)
     docker(
         *("create", "--name", name, "--hostname", "labctl-sandbox", "--label", LABEL, *RUN_FLAGS),
-        *("-v", f"{socket_path()}:/opt/labcloud/docker.sock", packages, "/sbin/init"),
+        *("-v", f"{socket_path()}:/opt/labcloud/docker.sock", packages),
     )
     try:
         docker("cp", "-", f"{name}:/", data=tar_of({"etc/labcloud.env": (cloud_environment(config, name), 0o644)}))
