@@ -32,9 +32,9 @@ class Api:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.read()
 
-    def call(self, method, name, **arguments):
+    def call(self, method, endpoint, /, **arguments):
         """One call of the tracking API with its JSON answer."""
-        path, data = f"/api/2.0/mlflow/{name}", None
+        path, data = f"/api/2.0/mlflow/{endpoint}", None
         if method == "GET":
             path += "?" + urllib.parse.urlencode(arguments)
         else:
