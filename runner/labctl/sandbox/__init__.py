@@ -2,5 +2,6 @@
 
 from labctl.sandbox.config import SandboxConfig
 from labctl.sandbox.lifecycle import SandboxStatus, destroy, down, status, up
+from labctl.sandbox.services import Source
 
-__all__ = ["SandboxConfig", "SandboxStatus", "destroy", "down", "status", "up"]
+__all__ = ["SandboxConfig", "SandboxStatus", "Source", "destroy", "down", "status", "up"]

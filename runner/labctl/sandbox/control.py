@@ -56,7 +56,7 @@ def ensure_network(config: SandboxConfig) -> None:
                 expected=f"{config.subnet} to be free on this machine",
                 source="LABCTL_SANDBOX_SUBNET_PREFIX",
                 next_step="LABCTL_SANDBOX_SUBNET_PREFIX=172.28 labctl sandbox up  (or another private prefix)",
-                detail=error.text,
+                detail=error.detail,
             ) from error
     elif (found["Labels"] or {}).get("labctl.sandbox.name") != config.name:
         raise ConfigError(

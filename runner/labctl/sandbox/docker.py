@@ -18,12 +18,17 @@ from labctl.models import Tell
 _DEFAULT_SOCKET = "unix:///var/run/docker.sock"
 
 
-class DockerError(Exception):
-    """A docker command failed; `text` is what it wrote to stderr."""
+class DockerError(ConvergeFailed):
+    """A docker command failed; `detail` is what it wrote to stderr."""
 
-    def __init__(self, arguments: Sequence[str], code: int, text: str) -> None:
-        super().__init__(f"docker {' '.join(arguments[:4])}: exit {code}: {text.strip()[-800:]}")
-        self.text = text.strip()
+    def __init__(self, arguments: Sequence[str], code: int | None, text: str) -> None:
+        super().__init__(
+            f"docker {' '.join(arguments[:2])} failed",
+            expected="exit code 0",
+            found="no answer" if code is None else f"exit code {code}",
+            next_step="run the same command again; if it fails again, `docker info` shows how the engine is",
+            detail=text.strip()[-800:],
+        )
 
 
 def environment() -> dict[str, str]:
@@ -51,9 +56,12 @@ def socket_path() -> str:
 
 def docker(*arguments: str, data: bytes | None = None, check: bool = True, timeout: float = 300) -> str:
     """Runs a docker command and returns its stdout. Raises DockerError if it fails and `check` is set."""
-    done = subprocess.run(
-        ["docker", *arguments], input=data, capture_output=True, env=environment(), timeout=timeout, check=False
-    )
+    try:
+        done = subprocess.run(
+            ["docker", *arguments], input=data, capture_output=True, env=environment(), timeout=timeout, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DockerError(arguments, None, f"it took longer than {timeout:.0f} s") from error
     if check and done.returncode:
         raise DockerError(arguments, done.returncode, done.stderr.decode(errors="replace"))
     return done.stdout.decode(errors="replace")
@@ -64,7 +72,7 @@ def inspect(kind: str, name: str) -> dict[str, Any] | None:
     try:
         found: list[dict[str, Any]] = json.loads(docker(kind, "inspect", name))
     except DockerError as error:
-        if "no such" in error.text.lower() or "not found" in error.text.lower():
+        if "no such" in error.detail.lower() or "not found" in error.detail.lower():
             return None
         raise
     return found[0]
@@ -136,7 +144,7 @@ def engine_answers() -> bool:
     """Whether the engine answers within 5 s."""
     try:
         docker("version", "--format", "{{.Server.Version}}", timeout=5)
-    except (DockerError, subprocess.TimeoutExpired, FileNotFoundError):
+    except (DockerError, FileNotFoundError):
         return False
     return True
 

@@ -83,11 +83,9 @@ def build_debian(commands: Commands, state: Path, job: Job) -> None:
     job.note("mmdebstrap, from Debian's packages")
     # Host keys and the machine id are what two machines must not share.
     clean = 'rm -f "$1"/etc/ssh/ssh_host_* && : > "$1"/etc/machine-id'
-    commands.run(
-        ["mmdebstrap", "--variant=minbase", f"--include={PACKAGES}", f"--customize-hook={clean}", SUITE, str(tarball)],
-        "debian",
-    )
+    options = ["--variant=minbase", f"--include={PACKAGES}", f"--customize-hook={clean}"]
     try:
+        commands.run(["mmdebstrap", *options, SUITE, str(tarball)], "debian")
         job.note("importing the tarball")
         docker("import", "-c", 'CMD ["/sbin/init"]', "-c", f"LABEL {LABEL}", str(tarball), debian_image())
     finally:

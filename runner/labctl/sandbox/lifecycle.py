@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from labctl.models import Tell
 from labctl.sandbox import control, images, loops, services
 from labctl.sandbox.board import Board, Job
 from labctl.sandbox.config import SandboxConfig
-from labctl.sandbox.docker import Commands, DockerError, docker, engine_answers, inspect, start_engine
+from labctl.sandbox.docker import Commands, docker, engine_answers, inspect, start_engine
 from labctl.sandbox.files import MARKER, locked, prepare_state, read_json, write_private
 from labctl.sandbox.services import Source
 
@@ -56,8 +57,8 @@ def up(
     tell: Tell,
     *,
     images: Source = "auto",
-    require_lease: bool = False,
-    appcred_leases: bool = False,
+    require_lease: bool | None = None,
+    appcred_leases: bool | None = None,
     config: SandboxConfig | None = None,
 ) -> SandboxStatus:
     """Brings the sandbox up: builds what is missing, starts what doesn't run, waits until every API has answered.
@@ -65,7 +66,8 @@ def up(
     Safe to run again at any time, also after an interruption, a reboot of the machine or `down`; what exists stays.
     `images` says where service images come from: "auto" pulls each by digest if its registry answers and builds it
     otherwise, "pull" insists, "build" asks no registry. `require_lease`: no server without a Blazar lease, as on
-    KVM@TACC. `appcred_leases`: application credentials may make leases.
+    KVM@TACC. `appcred_leases`: application credentials may make leases. Both are off in a new sandbox; None leaves
+    them as they are.
 
     Raises ConfigError for what the machine lacks and ConvergeFailed for a build or a service that failed, with its log.
     """
@@ -74,15 +76,20 @@ def up(
     with locked(config, tell):
         prepare_state(config)
         start_engine(config.logs, tell)
-        settings = {"require_lease": require_lease, "appcred_leases": appcred_leases}
+        settings = _lease_settings(config, require_lease=require_lease, appcred_leases=appcred_leases)
         if not _untouched(config, settings, images):
-            try:
-                _bring_up(config, tell, settings, images)
-            except DockerError as error:
-                raise ConvergeFailed(
-                    "a docker command failed", next_step="run the same command again", detail=str(error)
-                ) from error
+            _bring_up(config, tell, settings, images)
         return status(config)
+
+
+def _lease_settings(config: SandboxConfig, **wanted: bool | None) -> dict[str, bool]:
+    """The wanted settings, and where None is wanted the ones of the last `up`."""
+    file = config.state / "settings.json"
+    kept = read_json(file) or {}
+    settings = {name: bool(kept.get(name)) if value is None else value for name, value in wanted.items()}
+    if settings != kept:
+        write_private(file, json.dumps(settings))
+    return settings
 
 
 def _untouched(config: SandboxConfig, settings: dict[str, bool], source: Source) -> bool:
@@ -138,6 +145,8 @@ def check_machine() -> None:
             next_step="sudo labctl sandbox up",
         )
     missing = {package for tool, package in TOOLS.items() if shutil.which(tool) is None}
+    if not Path("/dev/loop-control").exists() and shutil.which("modprobe"):
+        subprocess.run(["modprobe", "loop"], check=False, capture_output=True)
     if missing:
         raise ConfigError(
             "the sandbox needs tools that aren't installed",
@@ -180,12 +189,7 @@ def down(tell: Tell, *, config: SandboxConfig | None = None) -> SandboxStatus:
         control_plane = board.start("control plane", lambda _: stop(*(n for n in running if n == config.name)))
         board.start("servers", lambda _: stop(*servers), (control_plane,))
         board.start("registry", lambda _: stop(*(n for n in running if n == config.registry_name)))
-        try:
-            board.finish(tell)
-        except DockerError as error:
-            raise ConvergeFailed(
-                "a container doesn't stop", next_step="labctl sandbox down", detail=str(error)
-            ) from error
+        board.finish(tell)
         _detach(config, tell)
         return status(config)
 
@@ -254,7 +258,15 @@ def _delete_state(config: SandboxConfig, tell: Tell) -> None:
         path = config.state / folder
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-    for name in ("clouds.yaml", "images.json", "images-made.json", "passwords.json", "ready.json", MARKER):
+    for name in (
+        "clouds.yaml",
+        "images.json",
+        "images-made.json",
+        "passwords.json",
+        "ready.json",
+        "settings.json",
+        MARKER,
+    ):
         (config.state / name).unlink(missing_ok=True)
     if not any(config.state.iterdir()):
         config.state.rmdir()
