@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "roles" / "rclone" / "module_utils"))
 
-from rclone_conf import BadConfig, refuse_unreadable, secret_of, section, with_section
+from rclone_conf import BadConfig, refuse_unreadable, secret_of, section, shown, with_section
 
 WANTED = {"type": "swift", "application_credential_id": "new", "application_credential_secret": "s2"}
 TEXT = "[chi_tacc]\ntype = swift\napplication_credential_id = new\napplication_credential_secret = s2\n"
@@ -47,3 +47,10 @@ def test_a_secret_is_only_taken_from_its_own_credential(identity: str, secret: s
 def test_an_encrypted_configuration_is_not_taken_for_an_empty_one() -> None:
     with pytest.raises(BadConfig, match="encrypted"):
         refuse_unreadable("# Encrypted rclone configuration File\n\nRCLONE_ENCRYPT_V0:\nAAAA\n")
+
+
+@pytest.mark.parametrize(
+    "option", ["application_credential_secret", "secret_access_key", "key", "pass", "not_known_yet"]
+)
+def test_a_diff_hides_the_secret_of_any_kind_of_remote(option: str) -> None:
+    assert shown({"type": "x", option: "canary"}) == f"type = x\n{option} = (hidden)\n"

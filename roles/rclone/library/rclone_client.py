@@ -100,7 +100,7 @@ import zipfile
 
 from ansible.module_utils import deb_packages
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.rclone_conf import BadConfig, refuse_unreadable, secret_of, section, with_section
+from ansible.module_utils.rclone_conf import BadConfig, refuse_unreadable, secret_of, section, shown, with_section
 
 PIP = "python3-pip"
 
@@ -290,8 +290,10 @@ def no_secret(module, files):
         f"no secret for {option} {wanted}: it wasn't given, and the host has none for it",
         needs_secret=True,
         expected=f"{module.params['secret_option']} of {wanted}, given or in {files[0].path}",
-        found=f"{option} {', '.join(others)} on the host" if others else f"no remote {remote} on the host",
-        next_step="`labctl up` makes a new application credential and brings its secret to the host",
+        found=f"{option} {', '.join(others)} on the host"
+        if others
+        else f"no remote {remote} with an {option} on the host",
+        next_step="give the secret; `labctl up` does, with a new application credential",
     )
 
 
@@ -326,26 +328,19 @@ def apply(module):
                 "after": f"sha256 {binary.binary_sum}\n",
             }
         )
-    diff += [shown(module, file, options) for file, _text in todo]
+    diff += [file_diff(module, file, options) for file, _text in todo]
     paths = ([binary.path] if fetch else []) + [file.path for file, _text in todo]
     return {"changed": bool(packages or paths), "diff": diff, "changed_paths": paths, "needs_secret": needs_secret}
 
 
-def shown(module, file, options):
-    """A file's diff: only our remote, so that no other remote's secret is shown, and without ours."""
-
-    def lines(values):
-        return "".join(
-            f"{key} = {'(hidden)' if key == module.params['secret_option'] else value}\n"
-            for key, value in values.items()
-        )
-
+def file_diff(module, file, options):
+    """A file's diff: only our remote, and of it only what isn't secret."""
     attributes = "absent" if file.attributes is None else "mode={:04o} owner={} group={}".format(*file.attributes)
     return {
         "before_header": file.path,
         "after_header": file.path,
-        "before": f"{attributes}\n" + lines(section(file.text, module.params["remote"])),
-        "after": f"mode=0600 owner={file.uid} group={file.gid}\n" + lines(options),
+        "before": f"{attributes}\n{shown(section(file.text, module.params['remote']))}",
+        "after": f"mode=0600 owner={file.uid} group={file.gid}\n{shown(options)}",
     }
 
 

@@ -6,6 +6,18 @@ import re
 
 HEADER = re.compile(r"^\s*\[(?P<name>[^\]]+)\]\s*$")
 COMMENT = ("#", ";")
+# Any other option may be a secret: of another kind of remote too, one that is about to be replaced.
+PUBLIC = {
+    "access_key_id",
+    "application_credential_id",
+    "auth",
+    "endpoint",
+    "fetch_until_empty_page",
+    "provider",
+    "region",
+    "type",
+    "user_id",
+}
 ENCRYPTED = "RCLONE_ENCRYPT_V0:"
 
 
@@ -42,6 +54,11 @@ def section(text, remote):
     """The options of a remote; empty if there is no such remote."""
     lines, sections = _sections(text)
     return next((_options(lines[start + 1 : end]) for name, start, end in sections if name == remote), {})
+
+
+def shown(options):
+    """The options as lines that may be shown to anybody."""
+    return "".join(f"{key} = {value if key in PUBLIC else '(hidden)'}\n" for key, value in options.items())
 
 
 def secret_of(text, identity_option, identity, secret_option):
