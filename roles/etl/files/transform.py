@@ -1,7 +1,7 @@
 """Transform: sort `<i>_*.jpg` of each split into `class_<ii>`, and write a manifest of what goes into the store.
 
-Arguments: the dataset's description (JSON), the staging directory. The last line of output is JSON: images, bytes, counts
-(by split, by class), left_out (files that aren't images of the set).
+Arguments: the dataset's description (JSON), the staging directory. The last line of output is JSON: images, bytes,
+counts (by split, by class), left_out (files that aren't images of the set).
 """
 
 import json
@@ -33,7 +33,7 @@ def sort(source, target, classes):
             continue
         number = int(match[1])
         if number >= classes:
-            sys.exit(f"{entry.name} is of class {number}, and the set has {classes} (0 to {classes - 1}). Nothing was loaded.")
+            sys.exit(f"{entry.name}: class {number} of a set of {classes} (0 to {classes - 1}). Nothing was loaded.")
         folder = os.path.join(target, f"class_{number:02d}")
         os.makedirs(folder, exist_ok=True)
         size += entry.stat().st_size

@@ -1,7 +1,7 @@
-"""Proves that runs persist: logs a run with a known metric and artifact, and reads all such runs back, over MLflow's REST API.
+"""Proves that runs persist: logs a run with a known metric and artifact, and reads all such runs back by MLflow's API.
 
-Arguments: the server's URL, then `write` to log a run first or `read`. Prints JSON. Needs Python's standard library only, so the
-same file runs in a container (by the compose name, as notebooks do) and on the host (by the published address).
+Arguments: the server's URL, then `write` to log a run first or `read`. Prints JSON. Needs Python's standard library
+only, so it runs in a container (by the compose name, as notebooks do) and on the host (by the published address).
 A probe run states what it holds in its own tags: `labctl.artifact_sha256` and `labctl.metric`.
 """
 
@@ -116,7 +116,9 @@ def check(api, run):
         result["wrong"] = f"artifact can't be read: {error}"
         return result
     if result["artifact_sha256"] != tags.get("labctl.artifact_sha256"):
-        result["wrong"] = f"artifact has SHA-256 {result['artifact_sha256']}, logged was {tags.get('labctl.artifact_sha256')}"
+        result["wrong"] = (
+            f"artifact has SHA-256 {result['artifact_sha256']}, logged was {tags.get('labctl.artifact_sha256')}"
+        )
     elif result["metric"] is None or repr(float(result["metric"])) != tags.get("labctl.metric"):
         result["wrong"] = f"metric is {result['metric']}, logged was {tags.get('labctl.metric')}"
     return result

@@ -7,7 +7,7 @@ DOCUMENTATION = r"""
 module: mlflow_stack
 short_description: Run the MLflow stack on a mounted volume, or stop it
 description:
-  - Reads the volume, the images and the containers, decides whether the services may run on that data, and applies the difference.
+  - Reads the volume, the images and the containers, decides whether the services may run, and applies the difference.
   - Stops before anything is written if the volume isn't mounted, or holds data that the images don't fit.
   - In check mode it predicts, also on a host without Docker or volume.
 options:

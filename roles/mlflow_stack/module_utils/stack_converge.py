@@ -51,7 +51,7 @@ class Converge:
         images = self._images()
         if images is None:
             return self._result("images are missing", "images pulled, services started")
-        plan = decide(state, Wanted(self.data_dir, self._postgres_major(images, state), self.params["s3_flavour"]))
+        plan = decide(state, Wanted(self.data_dir, self._postgres_major(images), self.params["s3_flavour"]))
         self._prepare(plan)
         jupyter = self._jupyter_image(images)
         self._write(os.path.join(self.project_dir, ".env"), self._environment(plan, jupyter))
@@ -87,17 +87,18 @@ class Converge:
             docker.pull(missing, self.params["pull_timeout"])
         except docker.DockerFailed as failure:
             raise Failed(
-                str(failure), next_step="check the reference in mlflow_stack_images, and that the server reaches the registry"
+                str(failure),
+                next_step="check the reference in mlflow_stack_images, and that the server reaches the registry",
             ) from None
         self.changes += [f"image {ref} pulled" for ref in missing]
         return docker.inspect("image", wanted)
 
-    def _postgres_major(self, images: dict[str, dict[str, Any]], state: VolumeState) -> str:
+    def _postgres_major(self, images: dict[str, dict[str, Any]]) -> str:
         environment = images[self.params["images"]["postgres"]].get("Config", {}).get("Env") or []
         return next((line.partition("=")[2] for line in environment if line.startswith("PG_MAJOR=")), "")
 
     def _jupyter_image(self, images: dict[str, dict[str, Any]]) -> str:
-        """The given image, or the tag of one built on the MLflow image from what the role put beside the compose file."""
+        """The given image, or the tag of one built on the MLflow image from what lies beside the compose file."""
         given = str(self.params["images"].get("jupyter") or "")
         if given:
             return given
@@ -275,15 +276,14 @@ class Converge:
             s3["note"] = "rclone serve s3: plain files in a folder of their own, not MinIO's format"
         else:
             s3["console_url"] = url.format(ports["s3_console"])
-        token = os.path.join(self.secrets_dir, "jupyter_token")
+        jupyter = {"url": url.format(ports["jupyter"]), "version": versions["jupyter"], "health": "jupyter"}
+        jupyter["token_file"] = os.path.join(self.secrets_dir, "jupyter_token")
         services = {
             "mlflow": {"url": url.format(ports["mlflow"]), "version": versions["mlflow"], "health": "mlflow"},
             "postgres": {"url": "", "version": versions["postgres"], "health": "postgres", "data": plan.postgres_dir},
             "s3": s3,
-            "jupyter": {
-                "url": url.format(ports["jupyter"]), "version": versions["jupyter"], "health": "jupyter", "token_file": token,
-            },
-        }  # fmt: skip
+            "jupyter": jupyter,
+        }
         self._write(SERVICES_FILE, json.dumps(services, indent=1) + "\n")
         record = {
             "layout": 1,

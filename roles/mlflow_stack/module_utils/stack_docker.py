@@ -1,4 +1,4 @@
-"""Docker and compose, as the stack's module calls them: every call has a time limit and ends in words, not in a hang."""
+"""Docker and compose, as the stack's module calls them: each call has a time limit and ends in words, not in a hang."""
 
 from __future__ import annotations
 
@@ -158,7 +158,9 @@ def s3_version(flavour: str) -> str:
     """What the S3 server calls itself: a release's time stamp, or rclone's number."""
     said = docker("exec", "s3", flavour, "version" if flavour == "rclone" else "--version", check=False).stdout.split()
     words = [word.lstrip("v") for word in said]
-    return next((word.rpartition(".")[2] if "T" in word else word for word in words if any(c.isdigit() for c in word)), "")
+    return next(
+        (word.rpartition(".")[2] if "T" in word else word for word in words if any(c.isdigit() for c in word)), ""
+    )
 
 
 def write_atomically(path: str, content: str, mode: int = 0o644) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-#: Where a PostgreSQL image may have put its cluster below postgres_data: the tutorial's place, one that a chart or an image
-#: with a PGDATA of its own uses, and the official image's from version 18 on.
+#: Where a PostgreSQL image may have put its cluster below postgres_data: the tutorial's place, one that images with a
+#: PGDATA of their own use, and the official image's from version 18 on.
 POSTGRES_PLACES = ("", "data", "18/docker")
 #: The uid of the official PostgreSQL image; a new data directory gets it.
 POSTGRES_UID = 999
@@ -105,17 +106,14 @@ def decide(state: VolumeState, wanted: Wanted) -> Plan:
     )
 
 
-def _postgres(
-    state: VolumeState, wanted: Wanted, create: list[tuple[str, int, int]]
-) -> tuple[str, tuple[int, int]]:
+def _postgres(state: VolumeState, wanted: Wanted, create: list[tuple[str, int, int]]) -> tuple[str, tuple[int, int]]:
     """The place of the cluster below postgres_data, and its owner."""
     where = f"{wanted.data_dir}/postgres_data"
     if len(state.postgres_versions) > 1:
-        places = ", ".join(f"{where}/{place}".rstrip("/") for place in sorted(state.postgres_versions))
         raise Stop(
             "There is more than one PostgreSQL cluster on the volume.",
             expected=f"one PG_VERSION below {where}",
-            found=f"PG_VERSION in {places}",
+            found=f"PG_VERSION in {_places(where, state.postgres_versions)}",
             next_step="move the ones that aren't the lab's out of postgres_data, then converge again",
         )
     if not state.postgres_versions:
@@ -123,7 +121,7 @@ def _postgres(
             names = ", ".join(sorted(set(state.postgres.entries or ()) - NOT_DATA)[:5])
             raise Stop(
                 f"{where} isn't empty and isn't a PostgreSQL cluster that can be recognised.",
-                expected=f"nothing in it, or PG_VERSION in {', '.join(f'{where}/{p}'.rstrip('/') for p in POSTGRES_PLACES)}",
+                expected=f"nothing in it, or PG_VERSION in {_places(where, POSTGRES_PLACES)}",
                 found=f"{names}, and no readable PG_VERSION",
                 next_step="move it aside if it isn't needed, then converge again",
             )
@@ -133,13 +131,19 @@ def _postgres(
     if version != wanted.postgres_major:
         raise Stop(
             "The PostgreSQL image doesn't fit the database on the volume; opening it could ruin it.",
-            expected=f"PostgreSQL {version or 'of a readable version'} as {where}/{place}".rstrip("/") + "/PG_VERSION says",
+            expected=f"PostgreSQL {version or 'of a readable version'} as {where}/{place}".rstrip("/")
+            + "/PG_VERSION says",
             found=f"an image with PostgreSQL {wanted.postgres_major or 'of unknown version'}",
             next_step=f"set mlflow_stack_images.postgres to an image of PostgreSQL {version}"
             if version
             else "restore PG_VERSION from a backup",
         )
     return place, owner
+
+
+def _places(where: str, places: Iterable[str]) -> str:
+    """Places below postgres_data as paths, for a message."""
+    return ", ".join(f"{where}/{place}".rstrip("/") for place in sorted(places))
 
 
 def _s3(state: VolumeState, wanted: Wanted, create: list[tuple[str, int, int]]) -> tuple[str, tuple[int, int]]:

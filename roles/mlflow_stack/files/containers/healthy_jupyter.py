@@ -8,9 +8,7 @@ from pathlib import Path
 def main():
     """One authenticated request."""
     token = Path("/run/secrets/jupyter_token").read_text().strip()
-    request = urllib.request.Request(
-        "http://127.0.0.1:8888/api/status", headers={"Authorization": f"token {token}"}
-    )
+    request = urllib.request.Request("http://127.0.0.1:8888/api/status", headers={"Authorization": f"token {token}"})
     try:
         with urllib.request.urlopen(request, timeout=8):
             pass

@@ -1,0 +1,64 @@
+"""Running an entry point of the role against the scenario's node, from a test."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCENARIO = Path(__file__).parents[1]
+
+
+@dataclass
+class Played:
+    """How a play ended: changed tasks, the custom statistics, all of its output, and the failing task's result."""
+
+    ok: bool
+    changed: int
+    output: str
+    custom: str
+    failure: dict[str, Any] = field(default_factory=dict)
+
+
+@pytest.fixture
+def play(tmp_path: Path) -> Callable[..., Played]:
+    """`play("main", **variables)` runs an entry point; `check=True` in check mode."""
+
+    def run(entry: str, *, check: bool = False, **variables: Any) -> Played:
+        report = tmp_path / "report.json"
+        report.unlink(missing_ok=True)
+        inventory = Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"]) / "inventory"
+        extra = json.dumps({"entry": entry, "report": str(report), **variables})
+        done = subprocess.run(
+            [
+                "ansible-playbook", "-i", str(inventory), "-e", extra, *(["--check"] if check else []),
+                str(SCENARIO / "stack.yml"),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={
+                **os.environ,
+                "ANSIBLE_ROLES_PATH": str(SCENARIO.parents[1] / "roles"),
+                "ANSIBLE_PIPELINING": "1",
+                "ANSIBLE_NOCOLOR": "1",
+                "ANSIBLE_SHOW_CUSTOM_STATS": "1",
+            },
+        )  # fmt: skip
+        recap = re.search(r"changed=(\d+)", done.stdout)
+        return Played(
+            ok=done.returncode == 0,
+            changed=int(recap[1]) if recap else -1,
+            output=done.stdout + done.stderr,
+            custom=done.stdout.partition("CUSTOM STATS")[2],
+            failure=json.loads(report.read_text()) if report.exists() else {},
+        )
+
+    return run
