@@ -94,7 +94,7 @@ def write_lab(lab: Commands, archive: Path) -> None:
     (lab.directory / "lab.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
 
 
-class serve_dataset:  # noqa: N801 (used as a context manager)
+class serve_dataset:
     """Serve the archive over HTTP to the sandbox's servers while it is needed."""
 
     def __init__(self, archive: Path) -> None:

@@ -1,4 +1,4 @@
-"""Drives labctl by its command line, as a user does, and looks at MLflow through its API: for the demo and the tests."""
+"""Drives labctl by its command line, as a user does, and reads MLflow through its API: for the demo and the tests."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Commands:
         )
         if done.returncode != expect:
             raise AssertionError(
-                f"labctl {' '.join(arguments)}: exit {done.returncode}, not {expect}\n{done.stdout}\n{done.stderr or ''}"
+                f"labctl {' '.join(arguments)}: exit {done.returncode}, not {expect}\n{done.stdout}\n{done.stderr}"
             )
         return done.stdout
 

@@ -186,6 +186,7 @@ def play(
     title: str = "",
 ) -> Outcome:
     """Run a playbook against the lab's host, telling its roles and tasks as they start."""
+    volume = volume or volumes.find(ctx.cloud, ctx.lab.volume_name)
     store = inventories.ObjectStore(ctx.cloud.object_auth_url, ctx.cloud.object_region)
     document = inventories.document(ctx.inventory_spec, server, volume, store)
     run = Run(
@@ -212,12 +213,11 @@ def play(
 def reattach_volume(ctx: Context) -> Verification:
     """After the VM was made anew: attach, prove that it is this lab's volume, mount, start, and read everything back.
 
-    Nothing is ever formatted on this path.
+    The server may have been made by hand: what it lacks (address, security group) it gets. Nothing is ever formatted.
     """
-    volume = existing_volume(ctx)
-    server = existing_server(ctx)
-    volume = attach(ctx, server, volume)
-    wait_for_login(ctx, server)
+    existing_volume(ctx)
+    existing_server(ctx)
+    server, volume = provide(ctx)
     converge_host(ctx, server, volume, never_format=True)
     return verify(ctx)
 
