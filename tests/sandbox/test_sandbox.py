@@ -19,9 +19,11 @@ import openstack
 import pytest
 from labctl.errors import ConfigError
 from labctl.sandbox import SandboxConfig, destroy, down, status, up
+from labctl.sandbox.control import registry_port
 from labctl.sandbox.docker import docker
 from labctl.sandbox.lifecycle import own_containers
-from labctl.sandbox.services import MANIFESTS
+from labctl.sandbox.services import MANIFESTS, listed
+from labctl.sandbox.upstream import NotThere, resolve
 
 pytestmark = pytest.mark.sandbox
 PREFIX = os.environ.get("LABCTL_SANDBOX_TEST_PREFIX", "172.28")
@@ -185,6 +187,16 @@ def test_images_are_pulled_by_digest_from_the_registry(cloud: dict[str, str]) ->
         curl = f"curl -s -o /dev/null -w '%{{http_code}}' -H 'Accept: {MANIFESTS}'"
         code = inside(cloud["server"], f"{curl} http://{host}/v2/{name}/manifests/{digest}")
         assert code == "200", reference
+
+
+def test_a_tag_is_resolved_to_the_digest_that_its_registry_has(cloud: dict[str, str]) -> None:
+    """The code that asks upstream's registries, asked of a real one: ours."""
+    host = registry_port(CONFIG)
+    wanted = json.loads(CONFIG.images_file.read_text())["images"]["python"].split("@")[1]
+    version = next(s.version for s in listed() if s.name == "python")
+    assert resolve(f"{host}/labctl/python:{version}", scheme="http") == f"{host}/labctl/python@{wanted}"
+    with pytest.raises(NotThere, match="404"):
+        resolve(f"{host}/labctl/python:no-such-tag", scheme="http")
 
 
 def test_down_and_up_bring_back_servers_volumes_and_objects(cloud: dict[str, str]) -> None:

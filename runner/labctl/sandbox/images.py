@@ -119,11 +119,17 @@ def build(
         options += ["--build-arg", name]
     for name, value in labels.items():
         options += ["--label", f"{name}={value}"]
-    commands.run(
-        ["docker", "build", *options, "--label", LABEL, "-t", tag, str(context)],
-        tag.split(":", maxsplit=1)[0].replace("/", "-"),
-        on_line,
-    )
+    command = ["docker", "build", *options, "--label", LABEL, "-t", tag, str(context)]
+    commands.run(command, tag.split(":", maxsplit=1)[0], on_line)
+    if tag != NODE_IMAGE:  # its other tags are other images of Glance
+        forget_older(tag)
+
+
+def forget_older(tag: str) -> None:
+    """Removes the images that this one replaces, its repository's other tags; the engine keeps those in use."""
+    for old in docker("image", "ls", tag.split(":", maxsplit=1)[0], "--format", "{{.Repository}}:{{.Tag}}").split():
+        if old != tag and not old.endswith(":<none>"):
+            docker("rmi", old, check=False)
 
 
 def build_node(commands: Commands, job: Job) -> None:
@@ -213,6 +219,7 @@ def build_cloud(config: SandboxConfig, commands: Commands, job: Job) -> None:
         job.note("stopping it cleanly and keeping it as an image")
         docker("stop", "-t", "60", name)
         docker("commit", name, tag, timeout=600)
+        forget_older(tag)
     finally:
         remove_own(name)
 

@@ -18,7 +18,7 @@ from labctl.errors import ConfigError, ConvergeFailed
 from labctl.sandbox import control, images, upstream
 from labctl.sandbox.board import Board, Job
 from labctl.sandbox.config import SandboxConfig
-from labctl.sandbox.docker import Commands, docker, image_exists, inspect
+from labctl.sandbox.docker import Commands, docker, image_exists
 from labctl.sandbox.files import build_files, content_hash, read_json, write_private
 
 Source = Literal["auto", "pull", "build"]
@@ -244,10 +244,3 @@ def summary(config: SandboxConfig) -> dict[str, Any]:
     """images.json, or what stands for it when no image was ever made."""
     found: dict[str, Any] | None = read_json(config.images_file)
     return found or {"registry": "", "images": {}, "s3_flavour": ""}
-
-
-def unused_service_images() -> list[str]:
-    """Tags of service images on this machine that the files here no longer make."""
-    wanted = {service.local_tag for service in listed()}
-    tags = docker("image", "ls", "--filter", "label=labctl.sandbox=1", "--format", "{{.Repository}}:{{.Tag}}").split()
-    return [t for t in tags if t.startswith("labctl-sandbox-service-") and t not in wanted and inspect("image", t)]
