@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -209,6 +211,23 @@ def test_down_and_up_bring_back_servers_volumes_and_objects(cloud: dict[str, str
     begin = time.monotonic()
     bring_up()
     assert time.monotonic() - begin < 90
+    everything_is_there(cloud)
+
+
+@pytest.mark.parametrize("seconds", [2, 8])
+def test_ctrl_c_during_up_then_up_finishes(cloud: dict[str, str], seconds: float) -> None:
+    down(tell, config=CONFIG)
+    script = (
+        "import signal, pathlib; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from labctl.sandbox import up, SandboxConfig; "
+        f"up(print, images='build', config=SandboxConfig({CONFIG.name!r}, {CONFIG.prefix!r}, "
+        f"pathlib.Path({str(CONFIG.state)!r})))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) != 0
+    bring_up()
     everything_is_there(cloud)
 
 

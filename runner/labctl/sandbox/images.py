@@ -11,6 +11,7 @@ import shutil
 import tarfile
 import time
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 
@@ -37,27 +38,32 @@ RUN_FLAGS = (
 _STEP = re.compile(r"Step (\d+)/(\d+) : ")
 
 
+@cache
 def debian_image() -> str:
     """Debian 13 as mmdebstrap makes it; everything else starts from it."""
     return "labctl-sandbox-debian:" + content_hash(SUITE, PACKAGES)
 
 
+@cache
 def base_image() -> str:
     """Debian with this machine's CA bundle, so that pip, go and curl work in builds where this machine's do."""
     ca = CA_BUNDLE.read_bytes() if CA_BUNDLE.is_file() else b""
     return "labctl-sandbox-base:" + content_hash(debian_image(), build_files("base"), ca)
 
 
+@cache
 def registry_image() -> str:
     """Debian's docker-registry."""
     return "labctl-sandbox-registry:" + content_hash(debian_image(), build_files("registry"))
 
 
+@cache
 def cloud_image() -> str:
     """OpenStack, configured, with its databases made."""
     return "labctl-sandbox:" + content_hash(debian_image(), build_files("cloud"))
 
 
+@cache
 def node_hash() -> str:
     """The content of the server image, whose tag is a name that Glance knows."""
     return content_hash(debian_image(), build_files("node"))

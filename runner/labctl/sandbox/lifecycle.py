@@ -72,7 +72,7 @@ def up(
     Raises ConfigError for what the machine lacks and ConvergeFailed for a build or a service that failed, with its log.
     """
     config = config or SandboxConfig.from_environment()
-    check_machine()
+    check_machine("up")
     with locked(config, tell):
         prepare_state(config)
         start_engine(config.logs, tell)
@@ -135,15 +135,20 @@ def _bring_up(config: SandboxConfig, tell: Tell, settings: dict[str, bool], sour
     write_private(config.state / "ready.json", json.dumps({"boot": control.boot_of(config), "settings": settings}))
 
 
-def check_machine() -> None:
-    """Raises ConfigError if this isn't root or a tool is missing, with the command that mends it."""
+def need_root(command: str) -> None:
+    """Raises ConfigError if this isn't root: the state directory is root's alone."""
     if os.geteuid() != 0:
         raise ConfigError(
             "the sandbox needs root: it makes a network, routes and loop devices",
             expected="uid 0",
             found=f"uid {os.geteuid()}",
-            next_step="sudo labctl sandbox up",
+            next_step=f"sudo labctl sandbox {command}",
         )
+
+
+def check_machine(command: str) -> None:
+    """Raises ConfigError if this isn't root or a tool is missing, with the command that mends it."""
+    need_root(command)
     missing = {package for tool, package in TOOLS.items() if shutil.which(tool) is None}
     if not Path("/dev/loop-control").exists() and shutil.which("modprobe"):
         subprocess.run(["modprobe", "loop"], check=False, capture_output=True)
@@ -173,7 +178,7 @@ def down(tell: Tell, *, config: SandboxConfig | None = None) -> SandboxStatus:
     Safe to run again. Raises ConvergeFailed if something can't be stopped.
     """
     config = config or SandboxConfig.from_environment()
-    check_machine()
+    check_machine("down")
     if status(config).state == "absent":
         return SandboxStatus("absent", state_directory=str(config.state))
     with locked(config, tell):
@@ -213,7 +218,7 @@ def destroy(tell: Tell, *, images: bool = False, config: SandboxConfig | None = 
     are on its network.
     """
     config = config or SandboxConfig.from_environment()
-    check_machine()
+    check_machine("destroy")
     with locked(config, tell):
         if engine_answers():
             _refuse_while_shared(config)
@@ -280,11 +285,15 @@ def _delete_images(tell: Tell) -> None:
 
 
 def status(config: SandboxConfig | None = None) -> SandboxStatus:
-    """What there is now, within about a second; changes nothing and needs no API to answer."""
+    """What there is now, within about a second; changes nothing and needs no API to answer.
+
+    Raises ConfigError if this isn't root.
+    """
+    need_root("status")
     config = config or SandboxConfig.from_environment()
     answers = shutil.which("docker") is not None and engine_answers()
     container = inspect("container", config.name) if answers else None
-    if container is None and not _is_file(config.state / MARKER):
+    if container is None and not (config.state / MARKER).is_file():
         return SandboxStatus("absent", state_directory=str(config.state))
     running = bool(container and container["State"]["Running"])
     servers = own_containers(config, servers_only=True) if answers else []
@@ -307,10 +316,3 @@ def status(config: SandboxConfig | None = None) -> SandboxStatus:
         clouds_file=str(config.clouds_file),
         state_directory=str(config.state),
     )
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except PermissionError:
-        return False
