@@ -26,7 +26,7 @@ def status() -> Any:
     return labctl("status")
 
 
-def test_the_run_that_was_logged_before_the_loss_is_read_back_by_its_hash(host: Any) -> None:
+def test_the_run_that_was_logged_before_the_loss_is_read_back_by_its_hash() -> None:
     recorded = json.loads((LAB.parent / "recorded.json").read_text())
     assert recorded["run_id"]
     assert labctl("verify", "--read-only")["earlier_runs"] >= 2  # that one, and the one that rebuild's own check logged
