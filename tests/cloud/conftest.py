@@ -104,8 +104,10 @@ def sweep(lab: Lab) -> None:
 
 def _sweep_compute(lab: Lab) -> Iterator[Callable[[], object]]:
     cloud, told = lab.cloud, Told()
-    for each in [s for s in cloud.compute.compute.servers() if str(s.name).startswith(lab.prefix)]:
-        yield partial(server.delete, cloud, each.id, told)
+    servers = [s for s in cloud.compute.compute.servers() if str(s.name).startswith(lab.prefix)]
+    for wait in (False, True):  # all go at the same time
+        for each in servers:
+            yield partial(server.delete, cloud, each.id, told, wait=wait)
     for left in [v for v in volume.list_volumes(cloud) if v.name.startswith(lab.prefix)]:
         yield partial(volume.wait_status, cloud, left.id, "available", told, 60)
         yield partial(volume.delete, cloud, left, told)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import FLAVOR, IMAGE, Lab, make_server, public_key
-from labctl.cloud import keypair, network, server
+from labctl.cloud import credential, keypair, network, server, session, store, volume
 from labctl.errors import CloudRefused, ConfigError
 from labctl.inventory import InventorySpec, build
 from labctl.models import Rule, SecurityGroup, Server
@@ -171,15 +172,10 @@ def test_a_server_gets_one_address_that_isnt_somebody_elses_and_keeps_it(lab: La
     assert not next(ip for ip in net.ips() if ip.id == theirs.id).port_id
 
 
-def test_the_inventory_is_a_constant_number_of_requests(lab: Lab, node: Server, tmp_path: object) -> None:
-    from pathlib import Path
-
-    from labctl.cloud import session
-
+def test_the_inventory_is_a_constant_number_of_requests(lab: Lab, node: Server, tmp_path: Path) -> None:
     network.ensure_floating_ip(lab.cloud, node, lab.name)
     server.wait_address(lab.cloud, node.id, lab.told)
-    folder = Path(str(tmp_path))
-    spec = InventorySpec(lab.name, "test", node.name, f"{lab.prefix}-none", "c", folder / "key", folder / "known")
+    spec = InventorySpec(lab.name, "test", node.name, f"{lab.prefix}-none", "c", tmp_path / "key", tmp_path / "known")
     cloud = session.connect(lab.cloud.site)
     document = build(cloud, spec)
     assert document["_meta"]["hostvars"][node.name]["ansible_host"]
@@ -192,6 +188,24 @@ def test_the_inventory_is_a_constant_number_of_requests(lab: Lab, node: Server, 
     cloud.compute.session.auth.auth_methods[0].password = secrets.token_hex(4)
     with pytest.raises(CloudRefused):
         build(cloud, spec, allow_missing=True)
+
+
+def test_the_steps_of_a_finished_lab_are_few_requests(lab: Lab, node: Server) -> None:
+    network.ensure_floating_ip(lab.cloud, node, lab.name)
+    server.wait_address(lab.cloud, node.id, lab.told)
+    store.ensure_container(lab.cloud, f"{lab.prefix}-few", {})
+    cloud = session.connect(lab.cloud.site)
+    keypair.ensure(cloud, lab.key, lab.prefix)
+    groups = network.ensure_groups(cloud, lab.groups)
+    found = server.find(cloud, node.name, lab.told)
+    assert found is not None
+    volume.find(cloud, f"{lab.prefix}-none")
+    store.ensure_container(cloud, f"{lab.prefix}-few", {})
+    active = server.wait_active(cloud, found.id, lab.told)
+    network.put_groups_on(cloud, active, groups)
+    network.ensure_floating_ip(cloud, active, lab.name)
+    credential.list_ours(cloud, lab.name)
+    assert cloud.requests <= 15, cloud.traffic.log
 
 
 def test_a_deleted_server_is_gone_and_can_be_deleted_again(lab: Lab) -> None:
