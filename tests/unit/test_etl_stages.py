@@ -22,7 +22,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
-    """`run(stage, archive, **dataset)` runs a stage; a real HTTP server has the archive, tmp_path/staging is its volume."""
+    """`run(stage, archive, **dataset)` runs a stage, with the archive on a real HTTP server and its own staging."""
 
     class Quiet(SimpleHTTPRequestHandler):
         def __init__(self, *args: Any) -> None:
