@@ -112,7 +112,7 @@ class serve_dataset:
 
 def run_notebook(lab: Commands) -> None:
     """Execute the notebook in the Jupyter container, as a user's Run All would."""
-    container = "persist_block-jupyter-1"
+    container = "jupyter"
     print(
         lab.ssh(
             f"sudo docker exec {container} jupyter nbconvert --to notebook --execute --stdout"

@@ -171,7 +171,7 @@ def test_unmount_and_mount_go_there_and_back(lab: Commands) -> None:
 
 def test_rclone_killed_the_mount_is_back_also_in_jupyter(lab: Commands) -> None:
     lab.ssh("sudo pkill -KILL -x rclone; true")
-    read = "ls /mnt/object && sudo docker exec persist_block-jupyter-1 ls /mnt/Food-11"
+    read = "ls /mnt/object && sudo docker exec jupyter ls /mnt/Food-11"
     lab.ssh(f"for i in $(seq 15); do sleep 1; {read} && exit 0; done; exit 1")
 
 
@@ -179,7 +179,7 @@ def test_an_unmounted_volume_never_gets_a_database_on_the_root_disk(lab: Command
     lab.ssh("sudo systemctl stop docker.socket docker.service; sudo umount /mnt/block")
     lab.ssh("sudo systemctl start docker.service; sleep 10")
     assert lab.ssh("sudo ls -A /mnt/block").strip() == ""
-    assert "persist_block-postgres-1" not in lab.ssh("sudo docker ps --format '{{.Names}}'")
+    assert "postgres" not in lab.ssh("sudo docker ps --format '{{.Names}}'")
     lab.ssh("sudo mount /mnt/block")
     wait_until_healthy(lab)
 

@@ -45,7 +45,7 @@ def test_the_volume_was_mounted_and_not_made_anew(host: Any, status: Any) -> Non
 
 def test_the_object_store_is_mounted_read_only_for_host_and_jupyter(host: Any) -> None:
     assert "ro," in host.run("findmnt -no OPTIONS /mnt/object").stdout
-    assert host.run("sudo docker exec persist_block-jupyter-1 ls /mnt/Food-11").rc == 0
+    assert host.run("sudo docker exec jupyter ls /mnt/Food-11").rc == 0
 
 
 def test_services_listen_on_the_loopback_only(host: Any) -> None:
