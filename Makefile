@@ -10,7 +10,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON := $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(not sys.version_info >= (3, 11))' 2>/dev/null && echo $$p && break; done)
-PACKAGES := ca-certificates docker.io e2fsprogs iproute2 iptables mmdebstrap openssh-client python3-venv
+PACKAGES := ca-certificates debian-archive-keyring e2fsprogs iproute2 iptables mmdebstrap openssh-client python3-venv
+# an engine that is there already, Docker's own for instance, is left alone
+PACKAGES += $(shell command -v dockerd >/dev/null || [ -x /usr/sbin/dockerd ] || echo docker.io)
 ROLES := docker block_volume rclone etl mlflow_stack
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export ANSIBLE_CONFIG := $(CURDIR)/playbooks/ansible.cfg
@@ -96,4 +98,4 @@ wheel: venv ## dist/labctl-*.whl
 clean: ## everything that demo and the tests made: sandbox with its data, images, build files
 	[ ! -x $(BIN)/labctl ] || $(SUDO) $(BIN)/labctl --yes sandbox destroy --images
 	$(SUDO) $(BIN)/python tests/nodes.py destroy-all 2>/dev/null || true
-	rm -rf build dist $(VENV)
+	$(SUDO) rm -rf build dist $(VENV)

@@ -1,8 +1,8 @@
 """The tutorial's commands, as a student pastes them into a shell on the VM: the baseline of the benchmark.
 
-It differs from the tutorial's text only where a sandbox can't reach its sources: Docker and rclone come from the package
-registries, images from the site's registry, and MLflow's image has its drivers (the tutorial installs them at each
-start).
+It differs from the tutorial's text only where a sandbox can't reach its sources: Docker and rclone come from the
+package registries, images from the site's registry, and MLflow's image has its drivers (the tutorial installs them at
+each start).
 """
 
 from __future__ import annotations
