@@ -61,7 +61,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.daemon_json import BadConfig, parse, render
 
 
-def read(path):
+def read(path: str) -> str:
     """The text of a file; empty where there is none."""
     try:
         with open(path, encoding="utf-8") as handle:
@@ -70,7 +70,7 @@ def read(path):
         return ""
 
 
-def main():
+def main() -> None:
     """Entry point."""
     module = AnsibleModule(
         argument_spec={

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 
 class BadConfig(Exception):
     """The daemon.json on the host can't be merged with."""
 
 
-def parse(text, path):
+def parse(text: str, path: str) -> dict[str, Any]:
     """The settings in daemon.json; BadConfig unless it is a JSON object (or empty)."""
     if not text.strip():
         return {}
@@ -22,7 +23,7 @@ def parse(text, path):
     return found
 
 
-def merge(found, settings):
+def merge(found: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """What daemon.json should hold: `settings` over `found`; keys that `settings` doesn't name stay."""
     merged = dict(found)
     for key, value in settings.items():
@@ -36,7 +37,7 @@ def merge(found, settings):
     return merged
 
 
-def render(found, text, settings):
+def render(found: dict[str, Any], text: str, settings: dict[str, Any]) -> str:
     """The text of daemon.json; the very text on the host if that says the same already."""
     wanted = merge(found, settings)
     return text if wanted == found and text else json.dumps(wanted, indent=2) + "\n"

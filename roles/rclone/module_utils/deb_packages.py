@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
+from typing import Any
 
 LISTS = "/var/lib/apt/lists"
 LISTS_GOOD_SECONDS = 6 * 3600
@@ -20,14 +22,14 @@ class AptFailed(Exception):
     """apt-get said no; the message holds its last lines."""
 
 
-def missing(module, names):
+def missing(module: Any, names: Sequence[str]) -> list[str]:
     """Those of `names` that dpkg doesn't have as installed, in their order."""
     _rc, out, _err = module.run_command(["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\\n", *names])
     installed = {line.split()[0] for line in out.splitlines() if line.endswith(" installed")}
     return [name for name in names if name not in installed]
 
 
-def install(module, names):
+def install(module: Any, names: Sequence[str]) -> None:
     """Install `names` without recommended packages and without ever removing one; AptFailed if that can't be done."""
     fresh = _lists_are_fresh()
     if not fresh:
@@ -53,7 +55,7 @@ def install(module, names):
         raise AptFailed(f"apt-get install {' '.join(names)}: {_tail(err or out)}")
 
 
-def _lists_are_fresh():
+def _lists_are_fresh() -> bool:
     """Whether there are package lists and they are recent; an image often ships without any."""
     try:
         there = any(name.endswith(("_Packages", "_Packages.lz4")) for name in os.listdir(LISTS))
@@ -62,7 +64,7 @@ def _lists_are_fresh():
         return False
 
 
-def _update(module):
+def _update(module: Any) -> None:
     """apt-get update. Its lock has no time-out option, so the wait is here."""
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
@@ -74,6 +76,6 @@ def _update(module):
         time.sleep(3)
 
 
-def _tail(text):
+def _tail(text: str) -> str:
     """The last lines, where apt says what went wrong."""
     return "\n".join(text.strip().splitlines()[-8:])
