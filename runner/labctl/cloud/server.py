@@ -15,6 +15,8 @@ from labctl.models import Server, Tell
 ACTIVE_TIMEOUT = 600
 #: Seconds until a deleted server is gone. Usually 5 s; a hypervisor under load took minutes.
 DELETE_TIMEOUT = 300
+#: How often a deletion that ends in ERROR is asked for.
+DELETE_TRIES = 3
 #: Nova goes on saying ACTIVE of a server that it deletes and SHUTOFF of one that it starts: the task says more.
 _BUSY_WITH = {"deleting": "DELETING", "powering-on": "STARTING"}
 #: States in which Nova still shows a server that is no more.
@@ -175,6 +177,16 @@ def _absent(kind: str, wanted: str, names: list[str]) -> CloudRefused:
     )
 
 
+def _undeletable(server: Server) -> CloudRefused:
+    return CloudRefused(
+        f"server {server.name} can't be deleted",
+        expected="gone",
+        found=f"ERROR after {DELETE_TRIES} tries: {server.fault}",
+        next_step=f"ask the site's help desk to delete {server.id}, then run the same command again",
+        detail=server.fault,
+    )
+
+
 def wait_active(cloud: Cloud, server_id: str, tell: Tell, timeout: float = ACTIVE_TIMEOUT) -> Server:
     """Waits until the server is ACTIVE. A stopped or paused one is refused at once, with what to run.
 
@@ -277,10 +289,20 @@ def delete(cloud: Cloud, server_id: str, tell: Tell, *, wait: bool = True, timeo
 
 
 def _wait_gone(cloud: Cloud, server_id: str, tell: Tell, timeout: float) -> None:
+    tries = 1
+
     def look() -> tuple[bool | None, str]:
+        nonlocal tries
         server = get(cloud, server_id)
         if server is None:
             return True, "gone"
+        if server.status == "ERROR":
+            # A deletion that failed half-way (Nova's database was busy, seen) leaves ERROR; asking again finishes it.
+            if tries == DELETE_TRIES:
+                raise _undeletable(server)
+            tries += 1
+            with refusals(f"delete server {server.name}"):
+                cloud.compute.compute.delete_server(server_id, ignore_missing=True)
         return None, f"server {server.name} is being deleted"
 
     gone, seen, passed = wait_until(look, tell, timeout)
