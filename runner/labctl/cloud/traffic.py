@@ -23,8 +23,8 @@ class Traffic:
         a second server. So each POST gets a connection of its own.
         """
         session.hooks["response"].append(self._note)
-        for adapter in session.adapters.values():
-            _steady(adapter)
+        for adapter in {id(adapter): adapter for adapter in session.adapters.values()}.values():
+            _steady(adapter)  # http:// and https:// share one
 
     def _note(self, response: Any, *_: Any, **__: Any) -> None:
         self.log.append((str(response.request.method), str(response.url).partition("?")[0], int(response.status_code)))
