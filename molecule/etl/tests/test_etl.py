@@ -111,7 +111,7 @@ def test_a_bad_archive_stops_before_the_load(kind: str, tmp_path: Path, served: 
     before = objects()
     done = run(tmp_path, url=served(path), **({"sha256": "0" * 64} if kind == "wrong hash" else {}))
     assert done.returncode != 0
-    assert "Nothing was loaded" in done.stdout, done.stdout
+    assert "Nothing was loaded" in done.stdout + done.stderr
     assert objects() == before
     assert nodes.execute(NODE, "docker", "volume", "ls", "-q").strip() == ""
 

@@ -23,6 +23,7 @@ SERVICES = ("jupyter", "mlflow", "postgres", "s3")
 #: Seconds for the services to be healthy again after something was done to them, on a busy machine.
 RECOVERY = 150
 Play = Callable[..., Any]
+STARTED_AT = f"docker inspect -f '{{{{.Id}}}} {{{{.State.StartedAt}}}}' {' '.join(SERVICES)}"
 
 
 def shell(script: str, check: bool = True) -> str:
@@ -311,5 +312,10 @@ def test_stopped_means_stopped_cleanly_and_converge_starts_again(play: Play) -> 
     assert shell("ls /mnt/block/postgres_data/postmaster.pid 2>/dev/null", check=False) == ""
     shell("fuser -m /mnt/block 2>/dev/null && exit 1 || true")
     assert play("stop").changed == 0
+    source = device()
+    shell(f"umount /mnt/block && mount {source} /mnt/block")
     assert play("main").ok
+    started = shell(STARTED_AT)
+    time.sleep(15)
+    assert shell(STARTED_AT) == started, "the guard restarted services that had just been started on this very mount"
     assert play("verify", mlflow_stack_verify_write=False).ok

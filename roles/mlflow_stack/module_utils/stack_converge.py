@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -255,6 +256,7 @@ class Converge:
             )
         if docker.identity(containers) != before:
             self.changes.append("services started")
+            docker.write_atomically(volume.MOUNT_RECORD, volume.mount_at(self.data_dir) or "")
         applied = {"inputs": self._inputs(), "containers": {name: c["Id"] for name, c in containers.items()}}
         docker.write_atomically(os.path.join(self.project_dir, "applied.json"), json.dumps(applied, indent=1) + "\n")
 
@@ -354,4 +356,6 @@ def stop_services(data_dir: str, project_dir: str, check: bool) -> dict[str, Any
             found=f"still there: {', '.join(left) or 'none'}",
             next_step="look at `docker ps -a` on the server, then run the command again",
         )
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(volume.MOUNT_RECORD)
     return {"changed": True, "diff": diff, "clean_shutdown": not os.path.exists(pid_file)}

@@ -13,10 +13,19 @@ SECRETS = ".labctl/secrets"
 WORKSPACE, WORKSPACE_UID = "workspace", 1000
 
 
-def is_mount(path: str) -> bool:
-    """Whether something is mounted at path, also a bind mount, which os.path.ismount doesn't see."""
+#: Which mount the services were started on; the guard keeps it over its own restarts and moves them when it differs.
+MOUNT_RECORD = "/run/labctl-stack.mount"
+
+
+def mount_at(path: str) -> str | None:
+    """Which mount is at path, as "id major:minor"; None without one. Sees bind mounts, as os.path.ismount doesn't."""
+    found = None
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
-        return any(line.split()[4] == path for line in table)
+        for line in table:
+            fields = line.split()
+            if fields[4] == path:
+                found = f"{fields[0]} {fields[2]}"
+    return found
 
 
 def folder(path: str) -> Folder:
@@ -31,7 +40,7 @@ def folder(path: str) -> Folder:
 
 def read_volume(data_dir: str) -> VolumeState:
     """Everything that the decision needs; OSError if the volume can't be read."""
-    if not is_mount(data_dir):
+    if mount_at(data_dir) is None:
         return VolumeState()
     versions = {}
     for place in POSTGRES_PLACES:
