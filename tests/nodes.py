@@ -43,6 +43,10 @@ IMAGES = ("labctl-sandbox-node:CC-Ubuntu24.04", "osaio-node:CC-Ubuntu24.04")
 NETWORKS = ("labctl-sandbox", "bridge")
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 LOOP_CTL_GET_FREE = 0x4C82  # linux/loop.h
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+DISK_NAMES = [f"vd{a}{b}" for a in ("", *LETTERS) for b in LETTERS][
+    1:
+]  # as virtio counts: vdb … vdz, vdaa …; vda is root
 SSHD_SECONDS = 60
 GIB = 1 << 30
 
@@ -142,7 +146,7 @@ def attach(name: str, gib: float = 0, file: str = "") -> dict[str, str]:
             new.truncate(int(gib * GIB))
     used = {v["dev"] for v in record["volumes"]}
     entry = {"id": volume, "loop": _loop_attach(target), "file": str(target)}
-    entry["dev"] = next(f"vd{c}" for c in "bcdefghijklmnopqrstuvwxyz" if f"vd{c}" not in used)
+    entry["dev"] = next(name for name in DISK_NAMES if name not in used)
     record["volumes"].append(entry)
     _write(home, record)
     execute(name, "labnode-blockdev", "attach", Path(entry["loop"]).name, entry["dev"], volume)

@@ -134,7 +134,7 @@ STOPPED = [
     ("a foreign fstab line", partitioned(mount_point=MountPoint(fstab_claim="/dev/vdc1 /mnt/block")), "claims"),
     ("another lab's volume", partitioned(marker=Marker({**MARKER, "lab": "mine"})), "another lab"),
     ("a copy of the volume", partitioned(marker=Marker({**MARKER, "volume_id": "other"})), "copy of another volume"),
-    ("files copied from another volume", partitioned(marker=Marker({**MARKER, "filesystem_uuid": "o"})), "another file"),
+    ("files of another volume", partitioned(marker=Marker({**MARKER, "filesystem_uuid": "o"})), "another file"),
     ("a newer layout", partitioned(marker=Marker({**MARKER, "layout_version": 2})), "newer labctl"),
     ("a marker without a version", partitioned(marker=Marker({"lab": "food"})), "newer labctl"),
     ("an unreadable marker", partitioned(marker=Marker(problem="it isn't JSON")), "can't be read"),
@@ -170,14 +170,14 @@ def test_a_blank_disk_stays_blank_when_told_so() -> None:
     assert decide(blank(), replace(WANTED, format=NEVER)).action == STOP
 
 
-@pytest.mark.parametrize("content", [ZERO, replace(DATA, remains_of_mkfs=True)])
+@pytest.mark.parametrize("content", [ZERO, replace(DATA, unfinished=True)])
 def test_a_run_cut_off_before_or_in_mkfs_is_finished(content: Content) -> None:
     plan = decide(partitioned(Area("/dev/vdb1", GIB, content=content), OURS), WANTED)
     assert (plan.action, plan.device, plan.resume) == (INITIALISE, "/dev/vdb1", True)
 
 
-def test_remains_of_mkfs_count_only_under_our_own_table() -> None:
-    content = replace(DATA, remains_of_mkfs=True)
+def test_unfinished_count_only_under_our_own_table() -> None:
+    content = replace(DATA, unfinished=True)
     assert decide(partitioned(Area("/dev/vdb1", GIB, content=content)), WANTED).action == STOP
     assert decide(blank(content=content), WANTED).action == STOP
 

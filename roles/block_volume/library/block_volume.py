@@ -165,7 +165,7 @@ class Run:
             self.apply(facts, plan)
         except block_write.Refused as error:
             self.refuse(block_model.stop(str(error), next_step="run again; if it stays, look at the disk by hand"))
-        except block_write.Failed as error:
+        except (block_write.Failed, OSError) as error:
             self.fail(str(error), next_step="see `dmesg` on the host, then run again")
 
     def look(self, disk: str, limit: int) -> Any:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ansible.module_utils.block_bytes import ext_state, read_content, remains_of_mkfs
+from ansible.module_utils.block_bytes import device_size, ext_state, read_content, unfinished
 from ansible.module_utils.block_host import (
     ask,
     device_number,
@@ -98,14 +98,14 @@ def snapshot(disk_path: str, wanted: Wanted, read_limit: int) -> Facts:
 
 
 def read_partition(home: str, table: Table, wanted: Wanted, read_limit: int) -> Partition:
-    """A partition by the kernel's directory of it. What a cut-off mkfs of ours may have left is compared with one."""
+    """A partition by the kernel's directory of it; what a cut-off run of ours may have left is recognised."""
     major, _, minor = read_text(f"{home}/dev").partition(":")
     area = read_area(kernel_path(os.makedev(int(major), int(minor))))
     number, start, size = (int(read_text(f"{home}/{key}")) for key in ("partition", "start", "size"))
     if content_wanted(area):
         content = read_content(area.path, area.size, read_limit)
         if content.data_at is not None and table.names.get(number) == partition_name(wanted):
-            content = replace(content, remains_of_mkfs=remains_of_mkfs(area.path, area.size))
+            content = replace(content, unfinished=unfinished(area.path, table.uuids.get(number, "")))
         area = replace(area, content=content)
     return Partition(Extent(number, start * 512, size * 512), area)
 
@@ -153,15 +153,6 @@ def read_area(path: str) -> Area:
     )
 
 
-def device_size(path: str) -> int:
-    """Bytes of a block device."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.lseek(fd, 0, os.SEEK_END)
-    finally:
-        os.close(fd)
-
-
 def exclusive_refused(path: str) -> bool:
     """Whether O_EXCL is refused, which the kernel does for mounts (in any namespace), holders and swap."""
     for _ in range(5):  # a probing tool may hold it for a moment
@@ -184,17 +175,19 @@ def read_table(path: str) -> Table:
         table: dict[str, Any] = json.loads(answer.out)["partitiontable"] if answer.rc == 0 else {}
     except (ValueError, KeyError):
         table = {}
-    unit, extents, names = int(table.get("sectorsize", 512)), [], {}
+    unit, extents, names, uuids = int(table.get("sectorsize", 512)), [], {}, {}
     for row in table.get("partitions", []):
         digits = re.search(r"(\d+)$", str(row["node"]))
         number = int(digits.group(1)) if digits else 0
         extents.append(Extent(number, int(row["start"]) * unit, int(row["size"]) * unit))
         names[number] = str(row.get("name", ""))
+        uuids[number] = str(row.get("uuid", "")).lower()
     return Table(
         kind=str(table.get("label", "")),
         guid=str(table.get("id", "")).lower(),
         extents=tuple(sorted(extents, key=lambda e: e.number)),
         names=names,
+        uuids=uuids,
         warnings=tuple(line.strip() for line in answer.err.splitlines() if line.strip()),
     )
 

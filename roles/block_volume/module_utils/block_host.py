@@ -7,6 +7,7 @@ import os
 import re
 import stat
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,14 +28,19 @@ class Answer:
         return (self.err.strip() or self.out.strip() or f"exit {self.rc}").splitlines()[-1]
 
 
-def ask(*cmd: str, data: str | None = None, detached: bool = False) -> Answer:
+def ask(*cmd: str, data: str | None = None, detached: bool = False, env: Mapping[str, str] | None = None) -> Answer:
     """Run a tool in the C locale. `detached`: it survives a hang-up of the connection that started it."""
-    env = {**os.environ, "LC_ALL": "C", "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+    whole_env = {
+        **os.environ,
+        **(env or {}),
+        "LC_ALL": "C",
+        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    }
     source: dict[str, Any] = {"stdin": subprocess.DEVNULL} if data is None else {"input": data}
     try:
         done = subprocess.run(
             cmd, capture_output=True, text=True, errors="replace", timeout=None if detached else TOOL_SECONDS,
-            check=False, env=env, start_new_session=detached, **source,
+            check=False, env=whole_env, start_new_session=detached, **source,
         )  # fmt: skip
     except FileNotFoundError:
         return Answer(127, "", f"{cmd[0]} isn't installed")

@@ -23,7 +23,7 @@ class Content:
     data_at: int | None = None  # the first byte found that isn't zero
     bytes_read: int = 0
     seconds: float = 0.0
-    remains_of_mkfs: bool = False  # not zero, but only where mkfs with the planned arguments writes
+    unfinished: bool = False  # not zero, but all of it belongs to the filesystem that our table announces
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Table:
     guid: str = ""
     extents: tuple[Extent, ...] = ()
     names: Mapping[int, str] = field(default_factory=dict)
+    uuids: Mapping[int, str] = field(default_factory=dict)  # PARTUUIDs, lower case
     warnings: tuple[str, ...] = ()
 
 

@@ -274,7 +274,7 @@ def _family(kind: str) -> set[str]:
 
 def _blank(area: Area, wanted: Wanted, resume: bool) -> Plan:
     content = area.content
-    if content.data_at is not None and not (resume and content.remains_of_mkfs):
+    if content.data_at is not None and not (resume and content.unfinished):
         return stop(
             f"{area.path} holds data of an unknown kind",
             expected="a filesystem, or a disk that is zero from the first byte to the last",
@@ -288,7 +288,7 @@ def _blank(area: Area, wanted: Wanted, resume: bool) -> Plan:
             found="none",
             next_step="set block_volume_format: when_blank if this is the right volume",
         )
-    if not (content.proven_zero or content.remains_of_mkfs):
+    if not (content.proven_zero or content.unfinished):
         limit = -(-area.size // 2**30)
         return stop(
             f"{area.path} looks blank but is too large to be read whole: {_gib(area.size)} GiB",

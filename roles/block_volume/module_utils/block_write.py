@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -12,8 +13,15 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ansible.module_utils.block_bytes import ext_state, read_content, remains_of_mkfs
-from ansible.module_utils.block_facts import exclusive_refused, read_area, read_table
+from ansible.module_utils.block_bytes import (
+    SUPERBLOCK_END,
+    ext_state,
+    new_filesystem,
+    read_content,
+    time_uuid,
+    unfinished,
+)
+from ansible.module_utils.block_facts import read_area, read_table
 from ansible.module_utils.block_host import Answer, ask, kernel_path, mounts, read_text, serial_of, sysfs
 from ansible.module_utils.block_model import LAYOUT_VERSION, Area, Facts, Plan, Wanted
 from ansible.module_utils.block_plan import is_uuid, partition_name
@@ -63,7 +71,7 @@ def initialise(plan: Plan, facts: Facts, wanted: Wanted) -> None:
             write_table(facts.disk.path, wanted)
             os.fsync(fd)
     partition = wait_for_partition(facts.disk.path)
-    make_filesystem(partition, resume=plan.resume)
+    make_filesystem(partition, read_table(facts.disk.path).uuids.get(1, ""), resume=plan.resume)
 
 
 def still_blank(fd: int, facts: Facts) -> None:
@@ -89,13 +97,14 @@ def still_nothing(area: Area) -> None:
 def write_table(disk: str, wanted: Wanted) -> None:
     """A GPT with one partition from the first aligned sector to the last.
 
-    Its disk GUID is the volume's id and the partition's name says whose it is: if this run is cut off before there is
-    a filesystem, the next one can prove that the table is ours. The kernel is told afterwards (the disk is held).
+    It announces the filesystem to come: the disk GUID is the volume's id, the partition's name says whose it is, its
+    UUID is the filesystem's. If this run is cut off, the next one can prove that what is there is ours, and finish it.
+    The kernel is told afterwards (the disk is held).
     """
     script = ["label: gpt"]
     if is_uuid(wanted.volume_id):
         script.append(f"label-id: {wanted.volume_id.upper()}")
-    script.append(f'type={LINUX_DATA}, name="{partition_name(wanted)}"')
+    script.append(f'type={LINUX_DATA}, uuid={time_uuid().upper()}, name="{partition_name(wanted)}"')
     answer = ask(
         "sfdisk", "--quiet", "--wipe", "never", "--wipe-partitions", "never", "--no-reread", "--no-tell-kernel", disk,
         data="\n".join(script) + "\n", detached=True,
@@ -122,17 +131,51 @@ def wait_for_partition(disk: str) -> str:
     raise Failed(f"the partition of {disk} didn't appear within {NODE_SECONDS} s")
 
 
-def make_filesystem(partition: str, resume: bool) -> None:
-    """ext4 as mkfs makes it by default, without force: it looks for itself, too, and refuses what isn't blank."""
-    area = read_area(partition)
-    still_nothing(area)
-    content = read_content(partition, area.size, area.size if resume else 0)
-    if content.data_at is not None and not (resume and remains_of_mkfs(partition, area.size)):
-        raise Refused(f"{partition} isn't blank any more: a byte at offset {content.data_at}")
-    if exclusive_refused(partition):
-        raise Refused(f"{partition} is in use")
-    must(ask("mkfs.ext4", "-q", partition, detached=True), f"mkfs.ext4 {partition}")
+def make_filesystem(partition: str, uuid: str, resume: bool) -> None:
+    """Copy the image of a new ext4 onto the partition, its primary superblock last.
+
+    mkfs runs on the image only, so the device can be held from the last look to the last write, and what an earlier
+    run may have written is known byte by byte.
+    """
+    still_nothing(read_area(partition))
+    if resume and not unfinished(partition, uuid):
+        raise Refused(f"{partition} holds more than an unfinished filesystem of labctl's")
+    with new_filesystem(partition, uuid) as image, held(partition) as fd, open(image, "rb") as source:
+        content = read_content(partition, os.lseek(fd, 0, os.SEEK_END), 0)
+        if content.data_at is not None and not resume:
+            raise Refused(f"{partition} isn't blank any more: a byte at offset {content.data_at}")
+        for offset, data in parts_of(source.fileno()):
+            first = max(0, SUPERBLOCK_END - offset)
+            if data[first:].strip(b"\0"):
+                write_all(fd, data[first:], offset + first)
+        os.fsync(fd)
+        write_all(fd, os.pread(source.fileno(), SUPERBLOCK_END, 0), 0)
+        os.fsync(fd)
     ask("udevadm", "settle", "--timeout=10")
+
+
+def parts_of(fd: int) -> Iterator[tuple[int, bytes]]:
+    """The parts of a sparse file that aren't holes, as (offset, bytes)."""
+    offset = 0
+    while True:
+        try:
+            offset = os.lseek(fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            raise
+        end = os.lseek(fd, offset, os.SEEK_HOLE)
+        while offset < end:
+            data = os.pread(fd, min(ENDS, end - offset), offset)
+            yield offset, data
+            offset += len(data)
+
+
+def write_all(fd: int, data: bytes, offset: int) -> None:
+    """Write all of `data`; the kernel may take it in pieces."""
+    while data:
+        count = os.pwrite(fd, data, offset)
+        data, offset = data[count:], offset + count
 
 
 # -- fstab and mount ----------------------------------------------------------------------------------
