@@ -32,9 +32,8 @@ def main() -> int:
         from labctl.lifecycle import inventory_document
     except ImportError as error:
         return _with_labctls_python(error)
-    chosen = os.environ.get("LABCTL_LAB")
     try:
-        document = inventory_document(Path(chosen) if chosen else None)
+        document = inventory_document(None)
     except LabctlError as error:
         for key, text in error.as_dict().items():
             if key != "exit_code":

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from labctl.cloud.refusals import refusals
@@ -52,22 +53,19 @@ class Cloud:
     region: str
     traffic: Traffic
     _login: _Login = field(repr=False)
-    _store: _Store | None = field(default=None, repr=False)
 
     @property
     def requests(self) -> int:
         """How many API requests were answered so far, those for authentication included."""
         return len(self.traffic.log)
 
-    @property
+    @cached_property
     def store(self) -> _Store:
         """The object store's site: connection, user, project, region. Authenticates on first use.
 
         Raises CloudRefused and ConfigError, as `connect`.
         """
-        if self._store is None:
-            self._store = _open_store(self)
-        return self._store
+        return _open_store(self)
 
     @property
     def object_auth_url(self) -> str:
@@ -79,7 +77,7 @@ class Cloud:
         """The object store's region. No request where the configuration names it."""
         return self._object_login.region or self.store.region
 
-    @property
+    @cached_property
     def _object_login(self) -> _Login:
         return _login(self.site, self.site.object_cloud or self.site.cloud, self.site.object_region)
 
