@@ -18,7 +18,7 @@ options:
   s3_flavour: {description: Kind of S3 server., type: str, choices: [minio, silo, rclone], default: minio}
   ports: {description: Published ports by service., type: dict, default: {}}
   mlflow_uid: {description: User id that MLflow runs as., type: int, default: 10001}
-  start_timeout: {description: Seconds until all services must be healthy., type: int, default: 240}
+  start_timeout: {description: Seconds until all services must be healthy., type: int, default: 420}
   pull_timeout: {description: Seconds for pulling or building images., type: int, default: 1200}
 author: labctl
 attributes:
@@ -65,7 +65,7 @@ def main():
             "s3_flavour": {"type": "str", "choices": ["minio", "silo", "rclone"], "default": "minio"},
             "ports": {"type": "dict", "default": {}},
             "mlflow_uid": {"type": "int", "default": 10001},
-            "start_timeout": {"type": "int", "default": 240},
+            "start_timeout": {"type": "int", "default": 420},
             "pull_timeout": {"type": "int", "default": 1200},
         },
         supports_check_mode=True,

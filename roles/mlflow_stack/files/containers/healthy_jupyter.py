@@ -10,7 +10,7 @@ def main():
     token = Path("/run/secrets/jupyter_token").read_text().strip()
     request = urllib.request.Request("http://127.0.0.1:8888/api/status", headers={"Authorization": f"token {token}"})
     try:
-        with urllib.request.urlopen(request, timeout=8):
+        with urllib.request.urlopen(request, timeout=15):
             pass
     except OSError as error:
         sys.exit(str(error))

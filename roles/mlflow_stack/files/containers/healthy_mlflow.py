@@ -15,7 +15,7 @@ def call(path, body=None):
     """The JSON answer of the API; HTTPError for anything but success."""
     data = None if body is None else json.dumps(body).encode()
     headers = {"Host": sys.argv[1], "Content-Type": "application/json"}
-    with urllib.request.urlopen(urllib.request.Request(SERVER + path, data, headers), timeout=8) as answer:
+    with urllib.request.urlopen(urllib.request.Request(SERVER + path, data, headers), timeout=15) as answer:
         return json.load(answer)
 
 
