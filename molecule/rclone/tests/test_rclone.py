@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import testinfra
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[3] / "tests"))
@@ -28,10 +29,26 @@ IMPORT = """cd / && tar -ch bin/dash bin/cat bin/sleep bin/sha256sum \\
   | docker import - reader:1"""
 
 
+#: The node after its last reboot; its address may be another then.
+rebooted: dict = {}
+
+
 def playbook(name: str, *options: str) -> subprocess.CompletedProcess[str]:
     """Run one of the scenario's playbooks on the node."""
     command = ["ansible-playbook", "-i", os.environ["MOLECULE_INVENTORY_FILE"], str(SCENARIO / name), *options]
+    if rebooted:
+        command += ["-e", f"ansible_host={rebooted['address']}"]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def reboot(host):
+    """Reboot the node; how to reach it from then on."""
+    record = nodes.reboot(host.check_output("hostname"))
+    options = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+    url = f"ssh://{record['user']}@{record['address']}"
+    rebooted["address"] = record["address"]
+    rebooted["host"] = testinfra.get_host(url, ssh_identity_file=record["ssh_key"], ssh_extra_args=options)
+    return rebooted["host"]
 
 
 class Made(dict):
@@ -150,6 +167,7 @@ def test_what_was_just_loaded_shows_after_a_reload(host, made, reader):
     assert seconds_until(host, f"{reader} cat /mnt/Food-11/later.txt", "now") < 3
 
 
+@pytest.mark.usefixtures("host")
 def test_a_converge_without_the_secret_keeps_the_one_on_the_host():
     again = playbook("converge.yml", "-e", "rclone_application_credential_secret=")
     assert again.returncode == 0, again.stdout
@@ -171,7 +189,7 @@ def test_unmount_lasts_over_a_reboot_and_mount_undoes_it(host, made, reader):
     assert "changed=1" in playbook("unmount.yml").stdout
     assert host.run("findmnt -rno TARGET -t fuse.rclone").stdout == ""
     assert host.run(read_inside).stdout.strip() != made["sha256"][SMALL]
-    nodes.reboot(host.check_output("hostname"))
+    host = reboot(host)
     assert not host.service("rclone-object").is_running
     assert "changed=0" in playbook("unmount.yml").stdout
     assert "changed=1" in playbook("mount.yml").stdout
@@ -181,6 +199,7 @@ def test_unmount_lasts_over_a_reboot_and_mount_undoes_it(host, made, reader):
 
 
 def test_a_store_that_is_away_at_boot_blocks_nothing_and_is_mounted_when_it_comes(host, made):
+    host = rebooted.get("host", host)
     address = made["auth_url"].split("/")[2].split(":")[0]
     unit = (
         f"[Unit]\nDefaultDependencies=no\nBefore=sysinit.target\n[Service]\nType=oneshot\n"
@@ -189,7 +208,7 @@ def test_a_store_that_is_away_at_boot_blocks_nothing_and_is_mounted_when_it_come
     host.check_output("sudo sh -c %s", f"printf %s '{unit}' > /etc/systemd/system/away.service")
     host.check_output("sudo systemctl enable away.service")
     begin = time.monotonic()
-    nodes.reboot(host.check_output("hostname"))
+    host = reboot(host)
     assert time.monotonic() - begin < 30
     assert host.run(f"ip route get {address}").rc != 0, "the test's own blackhole isn't there"
     time.sleep(15)
