@@ -10,15 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 ONE_PARTITION = "parted -s $D mklabel gpt mkpart primary ext4 0% 100%; udevadm settle; "
-FS = "0192f5a0-0000-7abc-8def-0123456789ab"
+# Our own table: a filesystem's UUID of version 7 that begins with a time, and ends in the volume's id here.
 OURS = (
-    "printf 'label: gpt\\nlabel-id: %s\\ntype=linux, uuid=%s, name=\"labctl:%.20s\"\\n' "
-    f"$ID {FS} $ID | sfdisk -q $D; udevadm settle; "
+    "U=0192f5a0-0000-7abc-8def-${ID: -12}; "
+    "printf 'label: gpt\\nlabel-id: %s\\ntype=linux, uuid=%s, name=\"labctl:%.20s\"\\n' $ID $U $ID"
+    " | sfdisk -q $D; udevadm settle; "
 )
 # What a run leaves that is cut off right before the superblock: the image's blocks, and no first two KiB.
 HALF_MADE = OURS + (
     "I=/tmp/image; rm -f $I; truncate -s $(blockdev --getsize64 $P) $I; "
-    f"E2FSPROGS_FAKE_TIME=$((0x0192f5a00000 / 1000)) mkfs.ext4 -q -U {FS} -E hash_seed={FS} $I; "
+    "E2FSPROGS_FAKE_TIME=$((0x0192f5a00000 / 1000)) mkfs.ext4 -q -U $U -E hash_seed=$U $I; "
     "dd if=/dev/zero of=$I bs=2k count=1 conv=notrunc; dd if=$I of=$P bs=1M; "
 )
 LUKS = "echo secret | cryptsetup luksFormat -q --pbkdf pbkdf2 --pbkdf-force-iterations 1000 "

@@ -233,8 +233,9 @@ class Run:
         """Do what the plan says, from the bottom up: table, filesystem, fstab, mount, owner, marker."""
         fresh = plan.action == block_model.INITIALISE
         if fresh:
-            self.done.append(f"ext4 filesystem on {plan.device}")
-            block_write.initialise(plan, facts, self.wanted)
+            block_write.initialise(
+                plan, facts, self.wanted, lambda: self.done.append(f"ext4 filesystem on {plan.device}")
+            )
             facts = self.look(facts.disk.path, 0)
             plan = block_plan.decide(facts, replace(self.wanted, format=block_model.NEVER))
             if plan.action != block_model.USE:

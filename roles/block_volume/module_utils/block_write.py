@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ansible.module_utils.block_bytes import (
@@ -63,15 +63,19 @@ def held(path: str) -> Iterator[int]:
         os.close(fd)
 
 
-def initialise(plan: Plan, facts: Facts, wanted: Wanted) -> None:
-    """Table, partition and filesystem on a disk that the plan found blank. Raises Refused or Failed."""
+def initialise(plan: Plan, facts: Facts, wanted: Wanted, first_write: Callable[[], None]) -> None:
+    """Table, partition and filesystem on a disk that the plan found blank. Raises Refused, Failed or OSError.
+
+    `first_write` is called when the last check has passed, right before the disk is changed.
+    """
     if not plan.resume:
         with held(facts.disk.path) as fd:
             still_blank(fd, facts)
+            first_write()
             write_table(facts.disk.path, wanted)
             os.fsync(fd)
     partition = wait_for_partition(facts.disk.path)
-    make_filesystem(partition, read_table(facts.disk.path).uuids.get(1, ""), resume=plan.resume)
+    make_filesystem(partition, read_table(facts.disk.path).uuids.get(1, ""), plan.resume, first_write)
 
 
 def still_blank(fd: int, facts: Facts) -> None:
@@ -131,7 +135,7 @@ def wait_for_partition(disk: str) -> str:
     raise Failed(f"the partition of {disk} didn't appear within {NODE_SECONDS} s")
 
 
-def make_filesystem(partition: str, uuid: str, resume: bool) -> None:
+def make_filesystem(partition: str, uuid: str, resume: bool, first_write: Callable[[], None]) -> None:
     """Copy the image of a new ext4 onto the partition, its primary superblock last.
 
     mkfs runs on the image only, so the device can be held from the last look to the last write, and what an earlier
@@ -144,6 +148,8 @@ def make_filesystem(partition: str, uuid: str, resume: bool) -> None:
         content = read_content(partition, os.lseek(fd, 0, os.SEEK_END), 0)
         if content.data_at is not None and not resume:
             raise Refused(f"{partition} isn't blank any more: a byte at offset {content.data_at}")
+        if resume:
+            first_write()
         for offset, data in parts_of(source.fileno()):
             first = max(0, SUPERBLOCK_END - offset)
             if data[first:].strip(b"\0"):
