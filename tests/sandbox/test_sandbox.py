@@ -233,7 +233,7 @@ def test_ctrl_c_during_up_then_up_finishes(cloud: dict[str, str], seconds: float
 
 def test_a_docker_restart_of_the_control_plane_needs_no_help(cloud: dict[str, str]) -> None:
     docker("restart", CONFIG.name)
-    docker("exec", CONFIG.name, "labcloud-ready", "180")
+    docker("exec", CONFIG.name, "labcloud-ready", "600", timeout=700)
     everything_is_there(cloud)
 
 

@@ -28,7 +28,8 @@ APIS = {
     "object-store": (8080, "/healthcheck"),
     "reservation": (1234, "/"),
 }
-READY_S = 240
+#: Seconds. 30 to 50 on two idle cores; ten times that is a machine that does much else, not a failure.
+READY_S = 600
 
 
 def is_running(container: str) -> bool | None:
