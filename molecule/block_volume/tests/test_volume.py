@@ -38,7 +38,7 @@ def unmount(host: Any, *options: str) -> subprocess.CompletedProcess[str]:
         "ansible-playbook", "-i", f"{record['address']},", "-u", "cc", "--private-key", record["ssh_key"],
         "--ssh-common-args", connection, "-e", f"block_volume_id={record['volumes'][0]['id']}", *options, str(book),
     ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
 
 
 def test_the_volume_is_mounted_by_uuid_and_may_be_missing_at_boot(host: Any) -> None:

@@ -106,7 +106,8 @@ class Run:
         """The one disk that is meant, waiting up to `seconds` for it; "" if there is none."""
         deadline = time.monotonic() + seconds
         while True:
-            block_host.ask("udevadm", "settle", "--timeout=10")
+            if not os.path.ismount(self.wanted.mount_point):  # else udev was done with it long ago
+                block_host.ask("udevadm", "settle", "--timeout=10")
             found = self.matches()
             if len(found) == 1 or time.monotonic() >= deadline:
                 break
@@ -159,7 +160,7 @@ class Run:
         before, after = self.picture(facts, plan, changes)
         self.result["diff"] = {"before": before, "after": after} if changes else {"before": "", "after": ""}
         if self.check or not changes:
-            self.result.update(changes=changes, **self.names(plan))
+            self.result.update(changes=changes, marker=dict(facts.marker.values), **self.names(plan))
             return
         try:
             self.apply(facts, plan)

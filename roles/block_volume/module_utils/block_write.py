@@ -21,7 +21,7 @@ from ansible.module_utils.block_bytes import (
     time_uuid,
     unfinished,
 )
-from ansible.module_utils.block_facts import read_area, read_table
+from ansible.module_utils.block_facts import exclusive_refused, read_area, read_table
 from ansible.module_utils.block_host import Answer, ask, kernel_path, mounts, read_text, serial_of, sysfs
 from ansible.module_utils.block_model import LAYOUT_VERSION, Area, Facts, Plan, Wanted
 from ansible.module_utils.block_plan import is_uuid, partition_name
@@ -53,6 +53,8 @@ def must(answer: Answer, what: str) -> str:
 @contextlib.contextmanager
 def held(path: str) -> Iterator[int]:
     """A device open exclusively: while this lasts nobody can mount it or put it to other use."""
+    if exclusive_refused(path):  # waits for a probing tool that holds it for a moment
+        raise Refused(f"{path} is held by somebody else")
     try:
         fd = os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
     except OSError as error:
@@ -262,6 +264,7 @@ def mount(plan: Plan, wanted: Wanted) -> bool:
         answer = ask("e2fsck", "-p", plan.device, detached=True)  # what the boot would run; 1 and 2: repaired
         if answer.rc >= 4:
             raise Refused(f"{plan.device} has errors that a cautious repair doesn't fix: {answer.words}")
+    wait_for_link(f"/dev/disk/by-uuid/{plan.uuid}")
     protected = protect(wanted.mount_point)
     if os.path.isdir("/run/systemd/system"):
         must(ask("systemctl", "daemon-reload"), "systemctl daemon-reload")
@@ -271,6 +274,14 @@ def mount(plan: Plan, wanted: Wanted) -> bool:
         ask("umount", wanted.mount_point)
         raise Refused(f"mounting by UUID took {here[-1].source if here else 'nothing'} instead of {plan.device}")
     return protected
+
+
+def wait_for_link(path: str) -> None:
+    """Wait until udev has seen the filesystem: systemd stops a mount whose device it doesn't know."""
+    deadline = time.monotonic() + NODE_SECONDS
+    while not os.path.exists(path) and time.monotonic() < deadline:
+        ask("udevadm", "settle", "--timeout=10")
+        time.sleep(0.2)
 
 
 # -- ownership and marker -----------------------------------------------------------------------------
