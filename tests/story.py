@@ -88,16 +88,16 @@ class Mlflow:
     def __init__(self, url: str = "http://127.0.0.1:8000") -> None:
         self.url = url
 
-    def get(self, path: str, **query: str) -> bytes:
+    def get(self, endpoint: str, **query: str) -> bytes:
         """The body of a GET."""
         suffix = f"?{urllib.parse.urlencode(query)}" if query else ""
-        with urllib.request.urlopen(f"{self.url}{path}{suffix}", timeout=30) as answer:
+        with urllib.request.urlopen(f"{self.url}{endpoint}{suffix}", timeout=30) as answer:
             return bytes(answer.read())
 
-    def post(self, path: str, document: dict[str, Any]) -> Any:
+    def post(self, endpoint: str, document: dict[str, Any]) -> Any:
         """The JSON answer to a POST."""
         request = urllib.request.Request(
-            f"{self.url}{path}", json.dumps(document).encode(), {"Content-Type": "application/json"}
+            f"{self.url}{endpoint}", json.dumps(document).encode(), {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)

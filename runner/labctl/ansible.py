@@ -50,6 +50,14 @@ LOGS_KEPT = 20
 POLL_SECONDS = 1
 
 
+class SecretNeeded(ConvergeFailed):
+    """The host lacks a secret that only whoever makes a new credential can know."""
+
+
+#: What a module's failure may carry, and the error that it becomes.
+_MARKS: dict[str, type[LabctlError]] = {"safety_stop": SafetyStop, "needs_secret": SecretNeeded}
+
+
 @dataclass(frozen=True)
 class Step:
     """A task that starts: its role (or "" outside roles) and its name."""
@@ -246,7 +254,7 @@ def failure_of(data: dict[str, Any]) -> LabctlError:
     parts = [str(result[key]).strip() for key in ("stderr", "stdout", "module_stderr") if result.get(key)]
     if data.get("task_action", "").endswith("apt") and "stderr" in result:
         message = message.splitlines()[0]
-    error = SafetyStop if result.get("safety_stop") else ConvergeFailed
+    error = next((kind for key, kind in _MARKS.items() if result.get(key)), ConvergeFailed)
     return error(
         message if error is SafetyStop else f"{where}: {message}",
         expected=str(result.get("expected") or ""),

@@ -147,25 +147,28 @@ def converge_host(
     never_format: bool = False,
 ) -> Outcome:
     """Run the roles on a host whose volume is attached. A credential that the host lacks is made first."""
-    made = None if check or (only and "rclone" not in only) else renew_credential(ctx, server)
-    credential_id = made.id if made else server.metadata.get(META_CREDENTIAL, "")
-    variables: dict[str, Any] = {"rclone_application_credential_id": credential_id} if credential_id else {}
-    if never_format:
-        variables["block_volume_format"] = "never"
-    secrets = {"rclone_application_credential_secret": made.secret} if made and made.secret else {}
-    outcome = play(ctx, server, "converge.yml", variables, secrets, tags=only, check=check, volume=volume)
+    options: dict[str, Any] = {"tags": only, "check": check, "volume": volume}
+    variables = {"block_volume_format": "never"} if never_format else {}
+    needs_remote = not only or "rclone" in only
+    made = renew_credential(ctx, server) if needs_remote and not check else None
+    try:
+        outcome = play(ctx, server, "converge.yml", variables, made=made, **options)
+    except ansible.SecretNeeded:
+        # the credential is as it should be, and the host lost what it knew of it
+        made = renew_credential(ctx, server, anew=True)
+        outcome = play(ctx, server, "converge.yml", variables, made=made, **options)
     if made:
         servers.set_metadata(ctx.cloud, server.id, **{META_CREDENTIAL: made.id})
     return outcome
 
 
-def renew_credential(ctx: Context, server: Server) -> Credential | None:
+def renew_credential(ctx: Context, server: Server, *, anew: bool = False) -> Credential | None:
     """An application credential for the host's object mount, unless the server has one that still works.
 
     It belongs to one server and goes with it, so its secret needs to be nowhere but on that server.
     """
     existing = credentials.list_ours(ctx.cloud, ctx.lab.lab)
-    if any(one.id == server.metadata.get(META_CREDENTIAL) for one in existing):
+    if not anew and any(one.id == server.metadata.get(META_CREDENTIAL) for one in existing):
         return None
     with ctx.progress.step("application credential for the object store"):
         for stale in existing:
@@ -178,28 +181,25 @@ def play(
     server: Server,
     playbook: str,
     variables: dict[str, Any] | None = None,
-    secrets: dict[str, str] | None = None,
     *,
+    made: Credential | None = None,
     tags: Sequence[str] = (),
     check: bool = False,
     volume: Volume | None = None,
-    title: str = "",
 ) -> Outcome:
-    """Run a playbook against the lab's host, telling its roles and tasks as they start."""
+    """Run a playbook against the lab's host, telling its roles and tasks as they start.
+
+    `made`: a credential for the object store that the host doesn't know yet.
+    """
     volume = volume or volumes.find(ctx.cloud, ctx.lab.volume_name)
     store = inventories.ObjectStore(ctx.cloud.object_auth_url, ctx.cloud.object_region)
     document = inventories.document(ctx.inventory_spec, server, volume, store)
-    run = Run(
-        playbook,
-        document,
-        ctx.state / "logs",
-        variables or {},
-        secrets or {},
-        tuple(tags),
-        check,
-        ctx.verbosity,
-    )
-    with ctx.progress.step(title or playbook.removesuffix(".yml")) as step:
+    variables = dict(variables or {})
+    if made:
+        variables["rclone_application_credential_id"] = made.id
+    secrets = {"rclone_application_credential_secret": made.secret} if made and made.secret else {}
+    run = Run(playbook, document, ctx.state / "logs", variables, secrets, tuple(tags), check, ctx.verbosity)
+    with ctx.progress.step(playbook.removesuffix(".yml")) as step:
 
         def on_step(task: Step) -> None:
             step.tell(f"{task.role}: {task.name}" if task.role else task.name)

@@ -110,17 +110,24 @@ import re
 import stat
 import subprocess
 import tempfile
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
 UNIT_DIRECTORY = re.compile(r"^(/etc|/usr/lib|/lib|/run)/systemd/system/")
 
 
+#: A dictionary of the module's arguments.
+Item = dict[str, Any]
+#: (mode, uid, gid)
+Attributes = tuple[int, int, int]
+
+
 class Refused(Exception):
     """What is on the host isn't what the bundle may change."""
 
 
-def user_id(name):
+def user_id(name: str) -> int | None:
     """The numeric id of a user, or None where there is no such user yet."""
     if name.isdigit():
         return int(name)
@@ -130,7 +137,7 @@ def user_id(name):
         return None
 
 
-def group_id(name):
+def group_id(name: str) -> int | None:
     """The numeric id of a group, or None where there is no such group yet."""
     if name.isdigit():
         return int(name)
@@ -140,7 +147,7 @@ def group_id(name):
         return None
 
 
-def attributes(path):
+def attributes(path: str) -> Attributes | None:
     """(mode, uid, gid) of what is at path, or None."""
     try:
         found = os.lstat(path)
@@ -149,12 +156,12 @@ def attributes(path):
     return stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid
 
 
-def wanted_attributes(item):
+def wanted_attributes(item: Item) -> tuple[int, int | None, int | None]:
     """(mode, uid, gid) that item asks for."""
     return int(item["mode"], 8), user_id(item["owner"]), group_id(item["group"])
 
 
-def read(path):
+def read(path: str) -> str | None:
     """The text of a file, or None where there is none."""
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as handle:
@@ -163,22 +170,23 @@ def read(path):
         return None
 
 
-def describe(attrs):
+def describe(attrs: tuple[int, int | None, int | None] | None) -> str:
     """A line for a diff."""
     return "absent" if attrs is None else "mode={:04o} owner={} group={}".format(*attrs)
 
 
-def set_attributes(target, attrs, item):
+def set_attributes(target: str | int, attrs: tuple[int, int | None, int | None], item: Item) -> None:
     """Apply mode and ownership to an open descriptor or a path that was just made or checked."""
     mode, uid, gid = attrs
     for what, name, number in (("user", item["owner"], uid), ("group", item["group"], gid)):
         if number is None:
             raise Refused(f"{item['path']}: there is no {what} {name}")
+    assert uid is not None and gid is not None
     os.chown(target, uid, gid)
     os.chmod(target, mode)
 
 
-def write(path, content, attrs, item):
+def write(path: str, content: str, attrs: tuple[int, int | None, int | None], item: Item) -> None:
     """Replace a file by a rename within its directory, durable before it is visible."""
     directory = os.path.dirname(path)
     descriptor, temporary = tempfile.mkstemp(prefix=".labctl-", dir=directory)
@@ -197,14 +205,14 @@ def write(path, content, attrs, item):
 class Bundle:
     """Collects what differs and applies it piece by piece."""
 
-    def __init__(self, module):
+    def __init__(self, module: AnsibleModule) -> None:
         self.module = module
         self.check = module.check_mode
-        self.diffs = []
-        self.changed_paths = []
-        self.restarted = []
+        self.diffs: list[dict[str, str]] = []
+        self.changed_paths: list[str] = []
+        self.restarted: list[str] = []
 
-    def differs(self, path, before, after, sensitive=False):
+    def differs(self, path: str, before: str, after: str, sensitive: bool = False) -> None:
         """Record a difference of a path."""
         if path not in self.changed_paths:
             self.changed_paths.append(path)
@@ -212,7 +220,7 @@ class Bundle:
             before, after = "(hidden)\n", "(hidden, changed)\n"
         self.diffs.append({"before_header": path, "after_header": path, "before": before, "after": after})
 
-    def directory(self, item):
+    def directory(self, item: Item) -> None:
         """Make a directory, or set its own attributes; what is in it stays as it is."""
         path = item["path"]
         found, wanted = attributes(path), wanted_attributes(item)
@@ -227,7 +235,7 @@ class Bundle:
             os.makedirs(path)
         set_attributes(path, wanted, item)
 
-    def file(self, item):
+    def file(self, item: Item) -> None:
         """Bring a file's content and attributes to the wanted ones."""
         path, content = item["path"], item["content"]
         found, wanted = attributes(path), wanted_attributes(item)
@@ -247,7 +255,7 @@ class Bundle:
                 raise Refused(f"{os.path.dirname(path)} is missing: name it under directories")
             write(path, content, wanted, item)
 
-    def line(self, item):
+    def line(self, item: Item) -> None:
         """Make sure that a file holds a line, in place of the last one that regexp matches."""
         path, line = item["path"], item["line"]
         before = read(path)
@@ -265,7 +273,7 @@ class Bundle:
             mode, uid, gid = attributes(path) or (0o644, 0, 0)
             write(path, after, (mode, uid, gid), {"path": path, "owner": str(uid), "group": str(gid)})
 
-    def absent(self, path):
+    def absent(self, path: str) -> None:
         """Remove a plain file."""
         if not os.path.lexists(path):
             return
@@ -275,7 +283,7 @@ class Bundle:
         if not self.check:
             os.unlink(path)
 
-    def membership(self, item):
+    def membership(self, item: Item) -> None:
         """Add a user to groups; in check mode a missing user or group is one that a package will bring."""
         user = item["user"]
         try:
@@ -300,18 +308,18 @@ class Bundle:
             if not self.check:
                 self.run("usermod", "-a", "-G", ",".join(missing), user)
 
-    def run(self, *command):
+    def run(self, *command: str) -> str:
         """Run a command or fail with its own words."""
         rc, out, err = self.module.run_command(list(command))
         if rc:
             raise Refused(f"{' '.join(command)}: {(err or out).strip()}")
-        return out
+        return str(out)
 
-    def show(self, unit):
+    def show(self, unit: str) -> dict[str, str]:
         """What systemd says of a unit."""
         try:
             done = subprocess.run(
-                ["systemctl", "show", "--property=LoadState,ActiveState,UnitFileState,NeedDaemonReload", unit],
+                ["systemctl", "show", "--property=LoadState,ActiveState,SubState,UnitFileState,NeedDaemonReload", unit],
                 capture_output=True,
                 text=True,
                 check=False,
@@ -320,7 +328,7 @@ class Bundle:
             raise Refused("systemctl is missing: this host doesn't run systemd") from None
         return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
 
-    def unit(self, item):
+    def unit(self, item: Item) -> None:
         """Enable, start, stop or restart a unit."""
         name, now = item["name"], self.show(item["name"])
         if now.get("LoadState") == "not-found" and not self.check:
@@ -328,9 +336,11 @@ class Bundle:
         enabled = now.get("UnitFileState", "").startswith(("enabled", "static", "alias", "indirect", "generated"))
         if item["enabled"] is not None and enabled != item["enabled"]:
             self.act(name, "enable" if item["enabled"] else "disable", now.get("UnitFileState") or "absent")
-        active = now.get("ActiveState") in ("active", "activating", "reloading")
+        # a unit that systemd will start again after a failure doesn't run now
+        waiting = now.get("SubState") == "auto-restart"
+        active = not waiting and now.get("ActiveState") in ("active", "activating", "reloading")
         if item["state"] == "stopped":
-            if active:
+            if active or waiting:
                 self.act(name, "stop", "running")
         elif item["state"] == "started":
             if not active:
@@ -339,7 +349,7 @@ class Bundle:
                 self.restarted.append(name)
                 self.act(name, "restart", "running with the former configuration")
 
-    def act(self, name, verb, before):
+    def act(self, name: str, verb: str, before: str) -> None:
         """One systemctl call, shown in the diff."""
         self.differs(name, f"{before}\n", f"{verb}\n")
         if self.check:
@@ -355,7 +365,7 @@ class Bundle:
             ).stdout
             raise Refused(f"{refused}\nThe last lines of its journal:\n{log.strip()}") from None
 
-    def apply(self, params):
+    def apply(self, params: Item) -> None:
         """Everything in the order in which one piece can need another."""
         for item in params["directories"]:
             self.directory(item)
@@ -374,7 +384,7 @@ class Bundle:
             self.unit(item)
 
 
-def specification():
+def specification() -> Item:
     """The module's arguments."""
     text, path = {"type": "str", "required": True}, {"type": "path", "required": True}
     ownership = {
@@ -383,7 +393,7 @@ def specification():
         "group": {"type": "str", "default": "root"},
     }
 
-    def items(**options):
+    def items(**options: Any) -> Item:
         return {"type": "list", "elements": "dict", "default": [], "options": options}
 
     return {
@@ -407,7 +417,7 @@ def specification():
     }
 
 
-def main():
+def main() -> None:
     """Entry point."""
     module = AnsibleModule(argument_spec=specification(), supports_check_mode=True)
     bundle = Bundle(module)

@@ -1,12 +1,19 @@
-"""Counts the API requests of a session, and repeats the one whose connection the server had just closed."""
+"""Counts the API requests of a session, and repeats what a busy server turned away."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 #: Methods that do the same however often they arrive.
 _REPEATABLE = frozenset({"GET", "HEAD", "PUT", "DELETE"})
+#: A busy service or the proxy before it: too many requests, bad gateway, unavailable, gateway time-out.
+BUSY = frozenset({429, 502, 503, 504})
+#: Seconds before the second and the third try of a repeatable request, where the service doesn't say (Retry-After).
+PAUSES = (1.0, 4.0)
+#: Seconds that a Retry-After is heeded for at most: longer, and the refusal is better than the wait.
+LONGEST_PAUSE = 15.0
 
 
 @dataclass
@@ -20,7 +27,8 @@ class Traffic:
 
         Some API servers (uWSGI's own HTTP socket, as Keystone is often run) close a kept connection without saying so,
         and a request sent at that moment is reset. One that can be repeated is, once. A POST can't be: it could make
-        a second server. So each POST gets a connection of its own.
+        a second server. So each POST gets a connection of its own. Likewise for a service that says it is busy (a
+        Swift under load answered 503 to a PUT of a container, seen).
         """
         session.hooks["response"].append(self._note)
         for adapter in {id(adapter): adapter for adapter in session.adapters.values()}.values():
@@ -36,14 +44,31 @@ def _steady(adapter: Any) -> None:
     def steady_send(request: Any, **options: Any) -> Any:
         if request.method == "POST":
             adapter.close()
+        if request.method not in _REPEATABLE:
+            return send(request, **options)
+        for pause in PAUSES:
+            response = once_more_if_reset(request, **options)
+            if response.status_code not in BUSY:
+                return response
+            response.close()
+            time.sleep(_pause(response, pause))
+        return once_more_if_reset(request, **options)
+
+    def once_more_if_reset(request: Any, **options: Any) -> Any:
         try:
             return send(request, **options)
         except OSError as error:
-            if request.method in _REPEATABLE and was_reset(error):
-                return send(request, **options)
-            raise
+            if not was_reset(error):
+                raise
+            return send(request, **options)
 
     adapter.send = steady_send
+
+
+def _pause(response: Any, otherwise: float) -> float:
+    """Seconds that the service asks to wait, at most LONGEST_PAUSE; `otherwise` if it says nothing or gives a date."""
+    said = str(response.headers.get("Retry-After", ""))
+    return min(float(said), LONGEST_PAUSE) if said.isdecimal() else otherwise
 
 
 def was_reset(error: BaseException) -> bool:

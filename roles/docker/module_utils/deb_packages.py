@@ -1,1 +1,0 @@
-../../rclone/module_utils/deb_packages.py
