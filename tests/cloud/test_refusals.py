@@ -16,6 +16,7 @@ def answer(status: int, body: str, kind: str = "application/json") -> Any:
     response = requests.Response()
     response.status_code, response._content, response.reason = status, body.encode(), "Reason"
     response.headers["Content-Type"] = kind
+    response._content_consumed = True
     response.request = requests.Request("GET", "http://api.test/v1").prepare()
     response.url = "http://api.test/v1"
     return response
@@ -81,11 +82,11 @@ class Adapter:
     def __init__(self, failures: int, error: OSError) -> None:
         self.failures, self.error, self.sent, self.closed = failures, error, 0, 0
 
-    def send(self, request: Any, **_: Any) -> str:
+    def send(self, request: Any, **_: Any) -> Any:
         self.sent += 1
         if self.sent <= self.failures:
             raise self.error
-        return "answer"
+        return answer(200, "{}")
 
     def close(self) -> None:
         self.closed += 1
@@ -106,7 +107,7 @@ def request(method: str) -> Any:
 
 def test_a_request_whose_connection_was_just_closed_is_sent_once_more() -> None:
     adapter = watched(Adapter(1, ConnectionResetError(104, "reset")))
-    assert adapter.send(request("GET")) == "answer"
+    assert adapter.send(request("GET")).status_code == 200
     assert adapter.sent == 2
     with pytest.raises(OSError, match="reset"):
         watched(Adapter(9, ConnectionResetError(104, "reset"))).send(request("DELETE"))
@@ -117,6 +118,28 @@ def test_a_post_is_never_sent_twice_since_it_could_make_a_second_server() -> Non
     with pytest.raises(OSError, match="reset"):
         adapter.send(request("POST"))
     assert (adapter.sent, adapter.closed) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "status", "sent"), [("PUT", 503, 3), ("GET", 429, 3), ("POST", 503, 1), ("GET", 500, 1)]
+)
+def test_a_busy_service_is_asked_again_unless_that_could_make_two(
+    monkeypatch: pytest.MonkeyPatch, method: str, status: int, sent: int
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("labctl.cloud.traffic.time.sleep", slept.append)
+
+    class Busy(Adapter):
+        def send(self, request: Any, **_: Any) -> Any:
+            self.sent += 1
+            response = answer(status, "{}")
+            response.headers["Retry-After"] = "2" if self.sent == 1 else "Wed, 21 Oct 2026 07:28:00 GMT"
+            return response
+
+    adapter = watched(Busy(0, OSError()))
+    assert adapter.send(request(method)).status_code == status
+    assert adapter.sent == sent
+    assert slept == ([2.0, 4.0] if sent == 3 else [])
 
 
 def test_a_timeout_isnt_waited_for_twice() -> None:
