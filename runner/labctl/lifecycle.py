@@ -61,7 +61,7 @@ def provide(ctx: Context) -> tuple[Server, Volume]:
         key_name = keypairs.ensure(cloud, public_key, f"labctl-{lab.lab}")
         groups = networks.ensure_groups(cloud, [ctx.security_group])
     with progress.step(f"server {lab.server_name}") as step:
-        server = servers.find(cloud, lab.server_name)
+        server = servers.find(cloud, lab.server_name, step.tell)
         created = server is None
         if server is None:
             server = servers.create(
@@ -167,12 +167,12 @@ def renew_credential(ctx: Context, server: Server, *, anew: bool = False) -> Cre
 
     It belongs to one server and goes with it, so its secret needs to be nowhere but on that server.
     """
+    in_use = server.metadata.get(META_CREDENTIAL)
     existing = credentials.list_ours(ctx.cloud, ctx.lab.lab)
-    if not anew and any(one.id == server.metadata.get(META_CREDENTIAL) for one in existing):
+    if not anew and any(one.id == in_use and credentials.lives(one) for one in existing):
         return None
     with ctx.progress.step("application credential for the object store"):
-        for stale in existing:
-            credentials.delete(ctx.cloud, stale.id)
+        revoke_credentials(ctx)
         return credentials.create(ctx.cloud, ctx.lab.lab, server.id)
 
 
@@ -303,8 +303,16 @@ def delete_server(ctx: Context, server: Server) -> None:
     """Delete the server and the credential that only it had. Its address stays the lab's."""
     with ctx.progress.step(f"delete server {server.name}") as step:
         servers.delete(ctx.cloud, server.id, step.tell)
-        for one in credentials.list_ours(ctx.cloud, ctx.lab.lab):
+        revoke_credentials(ctx)
+
+
+def revoke_credentials(ctx: Context) -> None:
+    """Revoke what labctl made for the lab's servers. A login that may not is told, and is no reason to stop."""
+    for one in credentials.list_ours(ctx.cloud, ctx.lab.lab):
+        try:
             credentials.delete(ctx.cloud, one.id)
+        except CloudRefused as refused:
+            ctx.progress.note(f"{refused.what}: {refused.found} It ends by itself on {one.expires_at}.")
 
 
 def down(ctx: Context, *, force: bool = False) -> None:
