@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any
 import pytest
 
 SCENARIO = Path(__file__).parents[1]
+sys.path.insert(0, str(SCENARIO.parents[1] / "tests"))
+
+import nodes  # noqa: E402
 
 
 @dataclass
@@ -35,7 +39,9 @@ def play(tmp_path: Path) -> Callable[..., Played]:
         report = tmp_path / "report.json"
         report.unlink(missing_ok=True)
         inventory = Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"]) / "inventory"
-        extra = json.dumps({"entry": entry, "report": str(report), **variables})
+        # A node that was rebooted may have another address than molecule's inventory says.
+        here = {"ansible_host": nodes.inspect("mlflow-stack")["address"]}
+        extra = json.dumps({"entry": entry, "report": str(report), **here, **variables})
         done = subprocess.run(
             [
                 "ansible-playbook", "-i", str(inventory), "-e", extra, *(["--check"] if check else []),
