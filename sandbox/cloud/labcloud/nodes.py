@@ -10,9 +10,10 @@ from labcloud import loops
 
 
 def docker(*args, check=True, data=None):
-    p = subprocess.run(('docker',) + args, input=data, capture_output=True)
+    p = subprocess.run(('docker', *args), input=data, capture_output=True, check=False)
     if check and p.returncode:
-        raise OSError('docker %s: rc %s: %s' % (' '.join(args[:5]), p.returncode, p.stderr.decode(errors='replace')[-800:]))
+        said = p.stderr.decode(errors='replace')[-800:]
+        raise OSError('docker %s: rc %s: %s' % (' '.join(args[:5]), p.returncode, said))
     return p
 
 

@@ -50,7 +50,7 @@ def docker(*args, **kw):
     try:
         return nodes.docker(*args, **kw)
     except OSError as e:
-        raise exception.NovaException(str(e))
+        raise exception.NovaException(str(e)) from e
 
 
 def cname(instance):
