@@ -73,7 +73,9 @@ ZOO = [
     ),
     Animal("gpt-over-ext4", "mkfs.ext4 -q $D; echo ';' | sfdisk -q -X gpt --wipe never $D; udevadm settle", "stop"),
     Animal("marker-of-another-lab", "mkfs.ext4 -q $D", "stop", "another lab", keep="foreign"),
-    Animal("held-elsewhere", "mkfs.ext4 -q $D; mkdir -p /elsewhere; mount $D /elsewhere", "stop", "mounted elsewhere"),
+    Animal(
+        "held-elsewhere", "mkfs.ext4 -q $D; mkdir -p /elsewhere; mount -o ro $D /elsewhere", "stop", "mounted elsewhere"
+    ),
     Animal("ext4-disk", "mkfs.ext4 -q $D", "use", keep="file"),
     Animal("ext4-partition", ONE_PARTITION + "mkfs.ext4 -q $P", "use", keep="file"),
     Animal("ext4-mbr", "echo ',,L' | sfdisk -q -X dos $D; udevadm settle; mkfs.ext4 -q $P", "use", keep="file"),

@@ -110,8 +110,8 @@ def read_partition(home: str, table: Table, wanted: Wanted, read_limit: int) -> 
     return Partition(Extent(number, start * 512, size * 512), area)
 
 
-def read_area(path: str) -> Area:
-    """What the tools say about one block device."""
+def read_area(path: str, held: bool = False) -> Area:
+    """What the tools say about one block device. `held`: it is us who hold it exclusively."""
     unknown: list[str] = []
     probe = ask("blkid", "--probe", "--output", "export", path)
     if probe.rc not in (0, 2, 8):
@@ -131,7 +131,7 @@ def read_area(path: str) -> Area:
     size = 0
     try:
         size = device_size(path)
-        busy = exclusive_refused(path)
+        busy = not held and exclusive_refused(path)
     except OSError as error:
         busy = False
         unknown.append(f"{path}: {error.strerror}")

@@ -87,7 +87,7 @@ def still_blank(fd: int, facts: Facts) -> None:
         raise Refused(f"{disk.path} isn't the disk any more that was looked at")
     if os.lseek(fd, 0, os.SEEK_END) != disk.size:
         raise Refused(f"{disk.path} has changed its size")
-    still_nothing(read_area(disk.path))
+    still_nothing(read_area(disk.path, held=True))
     for offset in (0, max(0, disk.size - ENDS)):
         if os.pread(fd, ENDS, offset).strip(b"\0"):
             raise Refused(f"{disk.path} isn't blank any more near offset {offset}")
