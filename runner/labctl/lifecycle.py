@@ -225,7 +225,7 @@ def reattach_volume(ctx: Context) -> Verification:
 def rebuild(ctx: Context, *, force: bool = False) -> Verification:
     """Replace the server by a new one at the same address; volume and container stay, and everything is read back."""
     volume = existing_volume(ctx)
-    server = servers.find(ctx.cloud, ctx.lab.server_name)
+    server = servers.find(ctx.cloud, ctx.lab.server_name, ctx.progress.tell)
     if server is not None:
         release_volume(ctx, server, volume, force=force)
         delete_server(ctx, server)
@@ -263,7 +263,7 @@ def unmount(ctx: Context) -> Outcome:
 
 def drain(ctx: Context, *, force: bool = False) -> bool:
     """Stop what writes, flush, unmount. The host stays. False where there was no host to drain."""
-    server = servers.find(ctx.cloud, ctx.lab.server_name)
+    server = servers.find(ctx.cloud, ctx.lab.server_name, ctx.progress.tell)
     if server is None:
         ctx.progress.note(f"There is no server {ctx.lab.server_name}: nothing to drain.")
         return False
@@ -317,7 +317,7 @@ def revoke_credentials(ctx: Context) -> None:
 
 def down(ctx: Context, *, force: bool = False) -> None:
     """Delete the server and give its address back. Volume and container stay."""
-    server = servers.find(ctx.cloud, ctx.lab.server_name)
+    server = servers.find(ctx.cloud, ctx.lab.server_name, ctx.progress.tell)
     if server is None:
         ctx.progress.note(f"There is no server {ctx.lab.server_name}.")
     else:
@@ -370,7 +370,7 @@ def destroy(ctx: Context, *, force: bool = False) -> None:
 
 def existing_server(ctx: Context) -> Server:
     """The lab's server. Raises CloudRefused where there is none."""
-    server = servers.find(ctx.cloud, ctx.lab.server_name)
+    server = servers.find(ctx.cloud, ctx.lab.server_name, ctx.progress.tell)
     if server is None:
         raise CloudRefused(
             f"There is no server {ctx.lab.server_name}.",
