@@ -43,6 +43,7 @@ class Converge:
         self.secrets_dir = os.path.join(self.data_dir, volume.SECRETS)
         self.changes: list[str] = []
         self.secrets: dict[str, str] | None = None
+        self.secrets_rewritten = False
 
     def run(self) -> dict[str, Any]:
         """The module's result; Stop, Failed or DockerFailed otherwise."""
@@ -152,6 +153,7 @@ class Converge:
         for name, (content, uid) in keys.files(self.secrets, *owners).items():
             if keys.write(self.secrets_dir, name, content, uid):
                 self.changes.append(f"secret file {name} written")
+                self.secrets_rewritten = True
         for name, uid, mode in (*plan.create, (volume.WORKSPACE, volume.WORKSPACE_UID, 0o755)):
             path = os.path.join(self.data_dir, name)
             if name == volume.WORKSPACE and os.path.isdir(path):
@@ -217,6 +219,7 @@ class Converge:
             applied = {}
         containers = docker.inspect("container", list(docker.SERVICES))
         reasons = [] if applied.get("inputs") == self._inputs() else ["the compose project changed"]
+        reasons += ["a secret's file was written"] if self.secrets_rewritten else []
         for name in docker.SERVICES:
             container = containers.get(name)
             reference = self.params["images"].get(name)
@@ -233,12 +236,17 @@ class Converge:
         return not reasons or self.check
 
     def _up(self) -> None:
-        before = docker.identity(docker.inspect("container", list(docker.SERVICES)))
-        seconds = self.params["start_timeout"]
+        found = docker.inspect("container", list(docker.SERVICES))
+        before, seconds = docker.identity(found), self.params["start_timeout"]
+        # A running container keeps the file that was at a path when it started.
+        anew = ["--force-recreate"] if self.secrets_rewritten else []
         try:
             with docker.locked():
+                # One in a restart loop would wait for Docker's growing pause, or make compose give up at once.
+                if ailing := [name for name, container in found.items() if docker.is_ailing(container)]:
+                    docker.compose(self.project_dir, "rm", "--stop", "--force", *ailing, seconds=STOP_SECONDS)
                 done = docker.compose(
-                    self.project_dir, "up", "-d", "--no-build", "--wait", "--wait-timeout", str(seconds),
+                    self.project_dir, "up", "-d", "--no-build", *anew, "--wait", "--wait-timeout", str(seconds),
                     seconds=seconds + GRACE_SECONDS,
                 )  # fmt: skip
             words = done.stderr.strip() if done.returncode else ""

@@ -109,6 +109,12 @@ def is_healthy(container: dict[str, Any] | None) -> bool:
     return bool(state.get("Running")) and state.get("Health", {}).get("Status") == "healthy"
 
 
+def is_ailing(container: dict[str, Any]) -> bool:
+    """Whether it keeps failing: in a restart loop, or running and found unhealthy. One that still starts isn't."""
+    state = container.get("State", {})
+    return bool(state.get("Restarting")) or state.get("Health", {}).get("Status") == "unhealthy"
+
+
 def identity(containers: dict[str, dict[str, Any]]) -> dict[str, tuple[str, str]]:
     """What changes when a container is made anew or started."""
     return {name: (c["Id"], c["State"]["StartedAt"]) for name, c in containers.items()}
