@@ -213,6 +213,7 @@ class _Listener:
         self.outcome = Outcome()
         self.failure: LabctlError | None = None
         self.on_start: Callable[[], None] | None = None
+        self._item: dict[str, Any] = {}
         self._on_step = on_step
 
     def handle(self, event: dict[str, Any]) -> bool:
@@ -226,8 +227,12 @@ class _Listener:
                 self._on_step(Step(data.get("role", ""), data.get("task", "")))
             case "runner_on_ok":
                 self._ok(data)
+            case "runner_item_on_failed":
+                self._item = data
             case "runner_on_failed" if not data.get("ignore_errors"):
-                self.failure = self.failure or failure_of(data)
+                # of a loop, the item that failed says why; the task only that one did
+                item = self._item if self._item.get("task_uuid") == data.get("task_uuid") else {}
+                self.failure = self.failure or failure_of({**data, "res": item.get("res") or data.get("res", {})})
             case "runner_on_unreachable":
                 self.failure = unreachable(data)
             case "playbook_on_stats":

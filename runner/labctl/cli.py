@@ -159,7 +159,7 @@ def destroy(force: Force = False) -> None:
     ctx = context()
     doomed = lifecycle.possessions(ctx)
     for line in doomed.lines:
-        err.print(f"  {line}", markup=False, highlight=False)
+        err.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
     if doomed and not options.yes:
         typed = _ask(f"This deletes all of it for good. Type the lab's name ({ctx.lab.lab}) to go on: ")
         if typed != ctx.lab.lab:

@@ -149,6 +149,8 @@ def converge_host(
     """Run the roles on a host whose volume is attached. A credential that the host lacks is made first."""
     options: dict[str, Any] = {"tags": only, "check": check, "volume": volume}
     variables = {"block_volume_format": "never"} if never_format else {}
+    if check and META_CREDENTIAL not in server.metadata:
+        variables["rclone_application_credential_id"] = "the-one-that-converge-makes"
     needs_remote = not only or "rclone" in only
     made = renew_credential(ctx, server) if needs_remote and not check else None
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from labctl.lab import Lab
@@ -13,8 +12,10 @@ CHAMELEON = "chameleon"
 
 
 def sandbox_state() -> Path:
-    """The sandbox's state directory; `$LABCTL_SANDBOX_STATE` moves it."""
-    return Path(os.environ.get("LABCTL_SANDBOX_STATE", "/var/lib/labctl-sandbox"))
+    """The sandbox's state directory; `$LABCTL_SANDBOX_STATE` or another sandbox's name moves it."""
+    from labctl.sandbox import SandboxConfig
+
+    return SandboxConfig.from_environment().state
 
 
 def site_of(lab: Lab) -> Site:

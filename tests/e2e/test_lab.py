@@ -56,6 +56,11 @@ def test_check_mode_on_a_fresh_node_predicts_and_changes_nothing(lab: Commands) 
     assert lab.ssh("dpkg -l | sha256sum; ls /etc/docker /etc/rclone /etc/labctl 2>&1; mount | sha256sum") == before
 
 
+@pytest.mark.parametrize("after", [2, 8, 25])
+def test_ctrl_c_while_the_host_is_converged_is_told_by_its_exit_code(lab: Commands, after: float) -> None:
+    assert interrupt_up(lab, "converge", after) == 130
+
+
 def test_up_finishes_what_was_interrupted(lab: Commands) -> None:
     assert lab.json("up")["ok"] > 0
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from labctl import ansible
 from labctl.ansible import Run, Step
 from labctl.errors import ConvergeFailed, HostUnreachable, SafetyStop
@@ -79,6 +78,12 @@ def test_a_module_that_stops_for_safety_is_exit_6() -> None:
     error = ansible.failure_of({"res": result, "role": "block_volume", "task": "Mount", "host": "node"})
     assert isinstance(error, SafetyStop) and error.exit_code == 6
     assert (error.what, error.expected, error.found, error.next_step) == ("not blank", "a blank disk", "ext4", "look")
+
+
+def test_the_item_of_a_loop_that_failed_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ConvergeFailed) as caught:
+        run(tmp_path, "    - ansible.builtin.fail: {msg: 'no {{ item }}'}\n      loop: [bread, milk]\n")
+    assert "no " in caught.value.what and "items failed" not in caught.value.what
 
 
 def test_an_ignored_failure_is_none(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from labctl import lab
 from labctl.errors import ConfigError
 from labctl.lab import Lab

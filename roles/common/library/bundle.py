@@ -331,7 +331,10 @@ class Bundle:
     def unit(self, item: Item) -> None:
         """Enable, start, stop or restart a unit."""
         name, now = item["name"], self.show(item["name"])
-        if now.get("LoadState") == "not-found" and not self.check:
+        absent = now.get("LoadState") == "not-found"
+        if absent and item["state"] != "started" and not item["enabled"]:
+            return  # what isn't there doesn't run
+        if absent and not self.check:
             raise Refused(f"there is no unit {name} on this host")
         enabled = now.get("UnitFileState", "").startswith(("enabled", "static", "alias", "indirect", "generated"))
         if item["enabled"] is not None and enabled != item["enabled"]:
