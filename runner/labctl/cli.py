@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
@@ -32,6 +31,8 @@ app = typer.Typer(
 sandbox_app = typer.Typer(no_args_is_help=True, help="A Chameleon of your own in one container, on this machine.")
 app.add_typer(sandbox_app, name="sandbox")
 
+#: What a wrong option raises: an error of click, which Typer may carry a copy of.
+_UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 #: Exit code of a process that Ctrl-C ended, by the shells' convention.
 INTERRUPTED = 130
 
@@ -50,6 +51,12 @@ options = Options()
 err = Console(stderr=True)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def _global(
     lab: Annotated[
@@ -58,12 +65,12 @@ def _global(
     as_json: Annotated[bool, typer.Option("--json", help="the result as JSON on stdout, all else on stderr")] = False,
     verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="say more; twice: Ansible's details")] = 0,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="answer yes to every question")] = False,
-    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", is_eager=True, callback=_print_version)
+    ] = False,
 ) -> None:
+    del version  # its callback has answered
     options.lab_file, options.as_json, options.verbosity, options.yes = lab, as_json, verbose, yes
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
 
 
 # -- a lab's life --------------------------------------------------------------------------------------------------
@@ -421,10 +428,10 @@ def guarded(command: Callable[[], Any]) -> int:
     except LabctlError as error:
         fail(error)
         return error.exit_code
-    except click.exceptions.ClickException as error:
+    except _UsageError as error:
         error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.exceptions.Abort):
+        return int(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
         err.print("Interrupted. Run the same command again: it continues.", markup=False)
         return INTERRUPTED
     except BrokenPipeError:
