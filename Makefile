@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON := $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(not sys.version_info >= (3, 11))' 2>/dev/null && echo $$p && break; done)
-PACKAGES := ca-certificates debian-archive-keyring e2fsprogs iproute2 iptables mmdebstrap openssh-client python3-venv
+PACKAGES := ca-certificates debian-archive-keyring e2fsprogs iproute2 iptables mmdebstrap mount openssh-client python3-venv
 # an engine that is there already, Docker's own for instance, is left alone
 PACKAGES += $(shell command -v dockerd >/dev/null || [ -x /usr/sbin/dockerd ] || echo docker.io)
 ROLES := docker block_volume rclone etl mlflow_stack

@@ -58,7 +58,11 @@ class Commands:
     def tunnel(self, port: int = 8000) -> Iterator[None]:
         """The services on this machine's loopback, as `labctl tunnel` gives them to a user."""
         process = subprocess.Popen(
-            [str(LABCTL), "tunnel"], cwd=self.directory, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            [str(LABCTL), "tunnel"],
+            cwd=self.directory,
+            env={**os.environ, **self.environment},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
         try:
             wait_for_port(port, process)

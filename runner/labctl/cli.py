@@ -395,7 +395,7 @@ def _summary(ctx: Context) -> None:
 
 def _verified(found: Verification) -> None:
     text = f"{found.earlier_runs} earlier runs read back unchanged"
-    if found.run_id:
+    if found.logged:
         text += f"; logged run {found.run_id} (artifact sha256 {found.artifact_sha256[:12]}…)"
     emit(asdict(found), text + ".")
 

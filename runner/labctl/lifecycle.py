@@ -36,8 +36,9 @@ DRAIN_LOGIN_SECONDS = 20
 
 @dataclass
 class Verification:
-    """What `verify` proved: the run it logged, and how many earlier probe runs it read back unchanged."""
+    """What `verify` proved: the newest probe run (`logged` by this command), and how many earlier ones are as logged."""
 
+    logged: bool = False
     run_id: str = ""
     artifact_sha256: str = ""
     earlier_runs: int = 0
@@ -240,9 +241,8 @@ def verify(ctx: Context, *, write: bool = True) -> Verification:
     """Read back every probe run logged so far and, with `write`, log another one and read it back."""
     outcome = play(ctx, existing_server(ctx), "verify.yml", {"mlflow_stack_verify_write": write})
     found = outcome.data.get("verify", {})
-    return Verification(
-        found.get("run_id", ""), found.get("artifact_sha256", ""), int(found.get("previous_runs", 0)), found
-    )
+    earlier = int(found.get("previous_runs", 0))
+    return Verification(write, found.get("run_id", ""), found.get("artifact_sha256", ""), earlier, found)
 
 
 def etl(ctx: Context) -> Outcome:
