@@ -36,7 +36,7 @@ DRAIN_LOGIN_SECONDS = 20
 
 @dataclass
 class Verification:
-    """What `verify` proved: the newest probe run (`logged` by this command), and how many earlier ones are as logged."""
+    """What `verify` proved: the newest probe run (`logged` by this command), and how many earlier ones are intact."""
 
     logged: bool = False
     run_id: str = ""
