@@ -54,7 +54,7 @@ from ansible.module_utils.stack_docker import DockerFailed
 from ansible.module_utils.stack_plan import Stop
 
 
-def main():
+def main() -> None:
     """Entry point."""
     module = AnsibleModule(
         argument_spec={

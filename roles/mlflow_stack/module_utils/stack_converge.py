@@ -79,7 +79,7 @@ class Converge:
     def _images(self) -> dict[str, dict[str, Any]] | None:
         """The images by reference, pulled if they were missing; None in check mode if one is missing."""
         wanted = [ref for ref in self.params["images"].values() if ref]
-        found = docker.inspect("image", wanted)
+        found: dict[str, dict[str, Any]] = docker.inspect("image", wanted)
         missing = [ref for ref in dict.fromkeys(wanted) if ref not in found]
         if not missing:
             return found
@@ -93,7 +93,8 @@ class Converge:
                 next_step="check the reference in mlflow_stack_images, and that the server reaches the registry",
             ) from None
         self.changes += [f"image {ref} pulled" for ref in missing]
-        return docker.inspect("image", wanted)
+        found = docker.inspect("image", wanted)
+        return found
 
     def _postgres_major(self, images: dict[str, dict[str, Any]]) -> str:
         environment = images[self.params["images"]["postgres"]].get("Config", {}).get("Env") or []
