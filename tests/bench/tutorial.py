@@ -98,7 +98,9 @@ def host_setup(ctx: Context, credential: Credential) -> list[str]:
         f"application_credential_id = {credential.id}\napplication_credential_secret = {credential.secret}\n"
         f"auth = {cloud.object_auth_url}\nregion = {cloud.object_region}\nX\n",
         "sudo mkdir -p /mnt/object; sudo chown $USER /mnt/object",
-        f"rclone mount chi_tacc:{store} /mnt/object --read-only --allow-other --daemon",
+        # with sudo: in a sandbox's server /dev/fuse may belong to root alone
+        f"sudo rclone --config ~/.config/rclone/rclone.conf mount chi_tacc:{store} /mnt/object"
+        " --read-only --allow-other --daemon",
         "ls /mnt/object",
     ]
 
@@ -141,5 +143,5 @@ def stop_stack() -> list[str]:
     """Before the VM is deleted."""
     return [
         "sudo docker compose -f ~/docker-compose-block.yaml down",
-        "fusermount3 -u /mnt/object; sudo umount /mnt/block",
+        "sudo fusermount3 -u /mnt/object; sudo umount /mnt/block",
     ]
