@@ -148,6 +148,7 @@ def _execute(what: Run, folder: Path, listener: _Listener) -> str:
     _write_private(inventory, as_static(what.inventory))
     _write_private(variables, {**what.variables, **what.secrets})
     listener.on_start = variables.unlink
+    settings = environment(folder)
     config = RunnerConfig(
         private_data_dir=str(folder),
         ident="run",
@@ -156,7 +157,7 @@ def _execute(what: Run, folder: Path, listener: _Listener) -> str:
         cmdline=f"-e @{variables} --diff" + (" --check" if what.check else ""),
         tags=",".join(what.tags) or None,
         verbosity=what.verbosity or None,
-        envvars=environment(folder),
+        envvars=settings,
         settings={"pexpect_timeout": POLL_SECONDS},
         quiet=True,
     )
@@ -164,7 +165,7 @@ def _execute(what: Run, folder: Path, listener: _Listener) -> str:
     config.env = {
         name: value
         for name, value in config.env.items()
-        if name in ENVIRONMENT or name == "PATH" or os.environ.get(name) != value
+        if name in ENVIRONMENT or name in settings or os.environ.get(name) != value  # ansible-runner's own
     }
     with _interruptible() as interrupted:
         runner = Runner(config=config, event_handler=listener.handle, cancel_callback=interrupted)

@@ -25,7 +25,7 @@ from labctl.cloud import server as servers
 from labctl.cloud import store as stores
 from labctl.cloud import volume as volumes
 from labctl.context import Context
-from labctl.errors import CloudRefused, HostUnreachable
+from labctl.errors import CloudRefused, ConvergeFailed, HostUnreachable
 from labctl.models import Credential, Server, Volume
 from labctl.progress import Progress
 
@@ -281,22 +281,21 @@ def drain_host(ctx: Context, server: Server, *, force: bool) -> bool:
             ssh.wait_for_login(ctx.login(server.address), step.tell, timeout=DRAIN_LOGIN_SECONDS)
         play(ctx, server, "drain.yml")
         return True
-    except HostUnreachable as error:
+    except (HostUnreachable, ConvergeFailed) as error:
         question = (
             f"{error.what} It can't be drained: what it wrote in its last seconds may be missing from the volume"
             " (PostgreSQL and ext4 recover to a consistent state). Go on without?"
         )
-        if force or ctx.confirm(question):
-            ctx.progress.note("Going on without a drain.")
+        if force or (isinstance(error, HostUnreachable) and ctx.confirm(question)):
+            ctx.progress.note(f"Going on without a drain: {error.what}")
             return False
         raise
 
 
 def release_volume(ctx: Context, server: Server, volume: Volume | None, *, force: bool) -> None:
-    """Drain the host and detach the volume from it."""
-    if volume is None or volume.attached_to != server.id:
+    """Drain the host and detach the volume from it; from one that can't be drained, the server's end detaches it."""
+    if volume is None or volume.attached_to != server.id or not drain_host(ctx, server, force=force):
         return
-    drain_host(ctx, server, force=force)
     with ctx.progress.step(f"detach {volume.name}") as step:
         volumes.detach(ctx.cloud, server.id, volume, step.tell)
 

@@ -100,7 +100,7 @@ def host_setup(ctx: Context, credential: Credential) -> list[str]:
         "sudo mkdir -p /mnt/object; sudo chown $USER /mnt/object",
         # with sudo: in a sandbox's server /dev/fuse may belong to root alone
         f"sudo rclone --config ~/.config/rclone/rclone.conf mount chi_tacc:{store} /mnt/object"
-        " --read-only --allow-other --daemon",
+        " --read-only --allow-other --daemon </dev/null >/dev/null 2>&1",  # or ssh would wait for the daemon
         "ls /mnt/object",
     ]
 

@@ -86,6 +86,13 @@ def test_the_item_of_a_loop_that_failed_says_why(tmp_path: Path) -> None:
     assert "no " in caught.value.what and "items failed" not in caught.value.what
 
 
+def test_settings_hold_whatever_the_callers_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANSIBLE_ROLES_PATH", ansible.environment(tmp_path)["ANSIBLE_ROLES_PATH"])
+    monkeypatch.setenv("ANSIBLE_STRATEGY", "no-such-strategy")
+    outcome, _ = run(tmp_path, "    - ansible.builtin.include_role: {name: common}\n")
+    assert outcome.ok >= 1
+
+
 def test_an_ignored_failure_is_none(tmp_path: Path) -> None:
     outcome, _ = run(tmp_path, "    - ansible.builtin.command: {cmd: 'false'}\n      ignore_errors: true\n")
     assert outcome.remote_tasks >= 0
