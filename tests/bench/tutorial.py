@@ -2,7 +2,7 @@
 
 It differs from the tutorial's text only where a sandbox can't reach its sources: Docker and rclone come from the
 package registries, images from the site's registry, and MLflow's image has its drivers (the tutorial installs them at
-each start).
+each start). PostgreSQL's password comes from a file, which is all that the site's image takes.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ services:
   postgres:
     image: {postgres}
     restart: always
-    environment: {{POSTGRES_USER: user, POSTGRES_PASSWORD: password, POSTGRES_DB: mlflowdb}}
-    volumes: ["/mnt/block/postgres_data:/var/lib/postgresql/data"]
+    environment: {{POSTGRES_USER: user, POSTGRES_PASSWORD_FILE: /password, POSTGRES_DB: mlflowdb}}
+    volumes: ["/mnt/block/postgres_data:/var/lib/postgresql/data", "/home/cc/password:/password:ro"]
   mlflow:
     image: {mlflow}
     restart: always
@@ -132,7 +132,7 @@ def start_stack(ctx: Context) -> list[str]:
     compose = COMPOSE.format(**ctx.images.references)
     answers = "http://127.0.0.1:8000/api/2.0/mlflow/experiments/get?experiment_id=0"
     return [
-        f"cat > ~/docker-compose-block.yaml <<'X'\n{compose}X\n",
+        f"echo password > ~/password; cat > ~/docker-compose-block.yaml <<'X'\n{compose}X\n",
         "sudo docker compose -f ~/docker-compose-block.yaml up -d --quiet-pull",
         f"for i in $(seq 300); do curl -sf -o /dev/null '{answers}' && exit 0; sleep 1; done; exit 1",
         "for i in $(seq 300); do curl -s -o /dev/null http://127.0.0.1:8888/ && exit 0; sleep 1; done; exit 1",
