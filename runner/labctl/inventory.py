@@ -107,7 +107,7 @@ def document(spec: InventorySpec, server: Server, volume: Volume | None, store: 
         "docker_registry_mirrors": list(spec.registry_mirrors),
         **_volume_variables(spec, volume),
         **_rclone_variables(spec, server, store),
-        **_service_variables(spec),
+        **_service_variables(spec, server.address),
         **spec.extra,
     }
     return {
@@ -141,13 +141,14 @@ def _rclone_variables(spec: InventorySpec, server: Server, store: ObjectStore) -
     }
 
 
-def _service_variables(spec: InventorySpec) -> dict[str, Any]:
+def _service_variables(spec: InventorySpec, address: str) -> dict[str, Any]:
     return {
         "mlflow_stack_data_dir": spec.volume_mount_point,
         "mlflow_stack_images": _chosen(spec.images, STACK_IMAGES),
         "mlflow_stack_ports": dict(spec.ports),
         "mlflow_stack_bind_address": "0.0.0.0" if spec.services_open else "127.0.0.1",  # noqa: S104 (lab.yaml asks)
-        "mlflow_stack_allowed_hosts": list(spec.allowed_hosts),
+        # by its address a user reaches MLflow once lab.yaml opens it; MLflow would answer 403 otherwise
+        "mlflow_stack_allowed_hosts": [address, *(host for host in spec.allowed_hosts if host != address)],
         "mlflow_stack_s3_flavour": spec.s3_flavour,
         "mlflow_stack_object_view_parent": spec.object_view_parent,
         "etl_images": _chosen(spec.images, ETL_IMAGES),

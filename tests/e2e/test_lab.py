@@ -106,7 +106,7 @@ def test_plain_ansible_works_with_the_dynamic_inventory(lab: Commands) -> None:
 def test_mlflow_answers_by_the_names_that_users_use(lab: Commands) -> None:
     address = lab.json("status")["server"]["address"]
     with lab.tunnel():
-        for host in ("127.0.0.1:8000", "localhost:8000", "mlflow:8000"):
+        for host in ("127.0.0.1:8000", "localhost:8000", "mlflow:8000", f"{address}:8000", address):
             request = urllib.request.Request(
                 "http://127.0.0.1:8000/api/2.0/mlflow/experiments/search",
                 json.dumps({"max_results": 5}).encode(),

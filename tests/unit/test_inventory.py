@@ -55,6 +55,7 @@ def test_the_host_gets_exactly_the_variables_of_the_contract() -> None:
         *("rclone_mount_point", "rclone_views", "rclone_application_credential_id"),
         *("mlflow_stack_data_dir", "mlflow_stack_images", "mlflow_stack_ports", "mlflow_stack_bind_address"),
         *("mlflow_stack_s3_flavour", "mlflow_stack_object_view_parent", "etl_images", "etl_container"),
+        "mlflow_stack_allowed_hosts",
     }
 
 
@@ -82,6 +83,12 @@ def test_no_secret_can_get_into_the_inventory() -> None:
 def test_services_listen_on_the_loopback_unless_opened() -> None:
     assert variables()["mlflow_stack_bind_address"] == "127.0.0.1"
     assert variables(replace(SPEC, services_open=True))["mlflow_stack_bind_address"] == "0.0.0.0"
+
+
+def test_mlflow_may_be_addressed_by_the_servers_address() -> None:
+    assert variables()["mlflow_stack_allowed_hosts"] == [SERVER.address]
+    both = variables(replace(SPEC, allowed_hosts=("lab.example.org",)))["mlflow_stack_allowed_hosts"]
+    assert both == [SERVER.address, "lab.example.org"]
 
 
 def test_images_go_to_the_role_that_runs_them() -> None:
