@@ -94,7 +94,7 @@ def up() -> None:
     from labctl import lifecycle
 
     ctx = context()
-    _report(ctx, lifecycle.up(ctx))
+    _report(lifecycle.up(ctx))
     _summary(ctx)
 
 
@@ -115,7 +115,7 @@ def converge(
                 next_step="labctl converge --help",
             )
     ctx = context()
-    _report(ctx, lifecycle.converge(ctx, check=check, only=only or ()), check=check)
+    _report(lifecycle.converge(ctx, check=check, only=only or ()), check=check)
 
 
 @app.command(name="reattach-volume")
@@ -221,7 +221,7 @@ def etl() -> None:
     from labctl import lifecycle
 
     ctx = context()
-    _report(ctx, lifecycle.etl(ctx))
+    _report(lifecycle.etl(ctx))
 
 
 @app.command()
@@ -230,7 +230,7 @@ def mount() -> None:
     from labctl import lifecycle
 
     ctx = context()
-    _report(ctx, lifecycle.mount(ctx))
+    _report(lifecycle.mount(ctx))
 
 
 @app.command()
@@ -239,7 +239,7 @@ def unmount() -> None:
     from labctl import lifecycle
 
     ctx = context()
-    _report(ctx, lifecycle.unmount(ctx))
+    _report(lifecycle.unmount(ctx))
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -362,7 +362,7 @@ def emit(document: Any, text: str) -> None:
         typer.echo(text)
 
 
-def _report(ctx: Context, outcome: Outcome, *, check: bool = False) -> None:
+def _report(outcome: Outcome, *, check: bool = False) -> None:
     if options.verbosity or check:
         for diff in outcome.diffs:
             err.print(diff, markup=False, highlight=False, soft_wrap=True)
@@ -375,13 +375,8 @@ def _report(ctx: Context, outcome: Outcome, *, check: bool = False) -> None:
         "check": check,
         "log": str(outcome.log or ""),
     }
-    if not options.as_json:
-        verb = "would change" if check else "changed"
-        emit(
-            document, "\n".join([*(f"{verb}: {name}" for name in outcome.changed_tasks), f"changed={outcome.changed}"])
-        )
-    elif ctx:
-        emit(document, "")
+    verb = "would change" if check else "changed"
+    emit(document, "\n".join([*(f"{verb}: {name}" for name in outcome.changed_tasks), f"changed={outcome.changed}"]))
 
 
 def _summary(ctx: Context) -> None:

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,14 +17,6 @@ from rich.status import Status
 
 #: Seconds without a line after which a log that is not a terminal hears what is being waited for.
 REMINDER_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class Timing:
-    """How long a step took, in seconds."""
-
-    step: str
-    seconds: float
 
 
 class Progress:
@@ -40,7 +31,6 @@ class Progress:
         self._said = 0.0
         self._started = 0.0
         self._lock = threading.Lock()
-        self.timings: list[Timing] = []
 
     @contextmanager
     def step(self, title: str) -> Iterator[Progress]:
@@ -61,7 +51,6 @@ class Progress:
             self._say(f"✗ {title}  ({self._elapsed():.1f} s)", style="red")
             raise
         self._end(stop, ticker)
-        self.timings.append(Timing(title, self._elapsed()))
         outcome = f": {self._result}" if self._result else ""
         self._say(f"✓ {title}{outcome}  ({self._elapsed():.1f} s)")
 

@@ -141,8 +141,6 @@ def test_no_secret_is_in_files_processes_or_docker_inspect(lab: Commands) -> Non
         "found |= set(re.findall(r'application_credential_secret *= *(\\S+)', conf))\n"
         "print(json.dumps(sorted(found)))\n"
     )
-    script = lab.directory.parent / "collect.py"
-    script.write_text(collect)
     done = subprocess.run(
         [str(LABCTL), "ssh", "--", "sudo python3 -"],
         cwd=lab.directory,
