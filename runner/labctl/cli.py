@@ -249,7 +249,7 @@ def ssh(command: Annotated[list[str] | None, typer.Argument(metavar="[-- CMD]")]
     from labctl.ssh import replace_process
 
     ctx = context()
-    replace_process(ctx.login(lifecycle.address_of(lifecycle.existing_server(ctx))), command or [])
+    replace_process(ctx.login(lifecycle.existing_server(ctx)), command or [])
 
 
 @app.command()
@@ -260,7 +260,7 @@ def tunnel() -> None:
 
     ctx = context()
     ports = ctx.ports
-    login = ctx.login(lifecycle.address_of(lifecycle.existing_server(ctx)))
+    login = ctx.login(lifecycle.existing_server(ctx))
     for name, port in ports.items():
         err.print(f"{name}: http://127.0.0.1:{port}", markup=False, highlight=False)
     err.print("Ctrl-C ends it.")

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labctl import resources
-from labctl.errors import ConfigError
+from labctl.errors import ConfigError, HostUnreachable
 from labctl.inventory import InventorySpec
 from labctl.lab import Dataset, Lab
-from labctl.models import Rule, SecurityGroup, Site
+from labctl.models import Rule, SecurityGroup, Server, Site
 from labctl.progress import Progress
 from labctl.sites import SANDBOX, sandbox_state, site_of
 from labctl.ssh import Login
@@ -62,9 +62,11 @@ class Context:
         chosen = self.lab.server.ssh_key
         return Path(chosen).expanduser().absolute() if chosen else resources.state_directory() / "id_ed25519"
 
-    def login(self, address: str) -> Login:
-        """How to reach the server at an address."""
-        return Login(address, self.lab.server.user, self.ssh_key, self.state / "known_hosts")
+    def login(self, server: Server) -> Login:
+        """How to reach a server. Raises HostUnreachable for one without an address."""
+        if server.address is None:
+            raise HostUnreachable(f"server {server.name} has no floating IP.", next_step="labctl up")
+        return Login(server.address, self.lab.server.user, self.ssh_key, self.state / "known_hosts", server.id)
 
     @cached_property
     def images(self) -> Images:

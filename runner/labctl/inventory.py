@@ -98,7 +98,9 @@ def document(spec: InventorySpec, server: Server, volume: Volume | None, store: 
         "ansible_host": server.address,
         "ansible_user": spec.user,
         "ansible_ssh_private_key_file": str(spec.ssh_key),
-        "ansible_ssh_common_args": shlex.join(("-o", f"UserKnownHostsFile={spec.known_hosts}", *_SSH_OPTIONS)),
+        "ansible_ssh_common_args": shlex.join(_ssh_options(spec, server)),
+        # a connection left open to an earlier server of this address is nobody's business
+        "ansible_control_path": f"%(directory)s/labctl-{server.id[:18]}",
         "labctl_lab": spec.lab,
         "labctl_site": spec.site,
         "docker_user": spec.user,
@@ -115,6 +117,11 @@ def document(spec: InventorySpec, server: Server, volume: Volume | None, store: 
         "all": {"children": [GROUP]},
         GROUP: {"hosts": [server.name]},
     }
+
+
+def _ssh_options(spec: InventorySpec, server: Server) -> tuple[str, ...]:
+    """A host key is remembered by the server's id: its address may be another server's tomorrow."""
+    return ("-o", f"UserKnownHostsFile={spec.known_hosts}", "-o", f"HostKeyAlias={server.id}", *_SSH_OPTIONS)
 
 
 def _volume_variables(spec: InventorySpec, volume: Volume | None) -> dict[str, Any]:

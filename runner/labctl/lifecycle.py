@@ -87,8 +87,6 @@ def provide(ctx: Context) -> tuple[Server, Volume]:
             networks.put_groups_on(cloud, server, groups)
         address = networks.ensure_floating_ip(cloud, server, lab.lab).address
         server = replace(server, address=address)  # the server's own record shows it seconds later
-        if created:
-            ssh.forget(ctx.login(address).known_hosts, address)
         step.result(address)
     volume = attach(ctx, server, volume)
     wait_for_login(ctx, server)
@@ -127,7 +125,7 @@ def attach(ctx: Context, server: Server, volume: Volume) -> Volume:
 def wait_for_login(ctx: Context, server: Server) -> None:
     """Until the server can be logged into."""
     with ctx.progress.step("login") as step:
-        ssh.wait_for_login(ctx.login(address_of(server)), step.tell)
+        ssh.wait_for_login(ctx.login(server), step.tell)
 
 
 # -- the host ------------------------------------------------------------------------------------------------------
@@ -278,7 +276,7 @@ def drain_host(ctx: Context, server: Server, *, force: bool) -> bool:
         if server.status != "ACTIVE" or not server.address:
             raise HostUnreachable(f"{server.name} is {server.status}.", next_step="labctl status")
         with ctx.progress.step("login") as step:
-            ssh.wait_for_login(ctx.login(server.address), step.tell, timeout=DRAIN_LOGIN_SECONDS)
+            ssh.wait_for_login(ctx.login(server), step.tell, timeout=DRAIN_LOGIN_SECONDS)
         play(ctx, server, "drain.yml")
         return True
     except (HostUnreachable, ConvergeFailed) as error:
@@ -391,13 +389,6 @@ def existing_volume(ctx: Context) -> Volume:
             next_step="check the name in lab.yaml, or labctl up to begin with an empty volume",
         )
     return volume
-
-
-def address_of(server: Server) -> str:
-    """The server's floating IP. Raises HostUnreachable where it has none."""
-    if not server.address:
-        raise HostUnreachable(f"server {server.name} has no floating IP.", next_step="labctl up")
-    return server.address
 
 
 def inventory_document(lab_file: Path | None) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def status(ctx: Context) -> Status:
         return found
     try:
         host = ssh.run_python(
-            ctx.login(server.address),
+            ctx.login(server),
             Path(host_probe.__file__),
             lab.volume.mount_point,
             lab.object_store.mount_point,

@@ -21,19 +21,25 @@ CONNECT_SECONDS = 10
 
 @dataclass(frozen=True)
 class Login:
-    """How to reach a server: its address, the user, the private key, and where its host key is remembered."""
+    """How to reach a server: its address, the user, the private key, and where its host key is remembered.
+
+    `identity` is the name that the host key is remembered by: the server's id, not its address, which the next server
+    may get.
+    """
 
     address: str
     user: str
     key: Path
     known_hosts: Path
+    identity: str
 
     @property
     def options(self) -> list[str]:
         """The options of ssh for this server. Its host key is remembered on first sight and must not change after."""
         return [
             *("-i", str(self.key), "-o", "IdentitiesOnly=yes"),
-            *("-o", f"UserKnownHostsFile={self.known_hosts}", "-o", "StrictHostKeyChecking=accept-new"),
+            *("-o", f"UserKnownHostsFile={self.known_hosts}", "-o", f"HostKeyAlias={self.identity}"),
+            *("-o", "StrictHostKeyChecking=accept-new"),
             *("-o", f"ConnectTimeout={CONNECT_SECONDS}", "-o", "ServerAliveInterval=5", "-o", "LogLevel=ERROR"),
         ]
 
@@ -69,12 +75,6 @@ def _ssh_keygen(*arguments: str) -> str:
     return done.stdout
 
 
-def forget(known_hosts: Path, address: str) -> None:
-    """Forget the host key of an address whose server has just been made anew."""
-    if known_hosts.exists():
-        subprocess.run(["ssh-keygen", "-q", "-R", address, "-f", str(known_hosts)], capture_output=True, check=False)
-
-
 def wait_for_login(login: Login, tell: Tell, timeout: float = LOGIN_SECONDS) -> None:
     """Wait until the server can be logged into. Raises HostUnreachable with ssh's own words after `timeout` seconds."""
     login.known_hosts.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -100,9 +100,7 @@ def wait_for_login(login: Login, tell: Tell, timeout: float = LOGIN_SECONDS) -> 
 def _unreachable(login: Login, words: str, changed_key: bool) -> HostUnreachable:
     next_step = "check that a security group lets port 22 in from here, and `labctl status`; then run the command again"
     if changed_key:
-        next_step = (
-            f"if the server was made anew by somebody else: ssh-keygen -R {login.address} -f {login.known_hosts}"
-        )
+        next_step = f"if its system was installed anew: ssh-keygen -R {login.identity} -f {login.known_hosts}"
     return HostUnreachable(
         f"{login.user}@{login.address} can't be logged into.",
         expected="a login with the lab's key",

@@ -71,7 +71,7 @@ def measure_tutorial(lab: Commands) -> dict[str, float]:
     context = tutorial.context(load(lab.directory / "lab.yaml"), lab.environment["LABCTL_STATE"])
 
     def over_ssh(server: Any, commands: list[str]) -> None:
-        login = context.login(server.address)
+        login = context.login(server)
         for command in commands:
             done = subprocess.run(
                 [*login.argv(), "bash", "-e", "-c", shlex.quote(command)], capture_output=True, text=True, check=False

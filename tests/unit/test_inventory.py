@@ -49,6 +49,7 @@ def variables(spec: InventorySpec = SPEC, server: Server = SERVER, volume: Volum
 def test_the_host_gets_exactly_the_variables_of_the_contract() -> None:
     assert set(variables()) == {
         *("ansible_host", "ansible_user", "ansible_ssh_private_key_file", "ansible_ssh_common_args"),
+        "ansible_control_path",
         *("labctl_lab", "labctl_site", "docker_user", "docker_data_mount", "docker_insecure_registries"),
         *("block_volume_id", "block_volume_mount_point", "block_volume_owner", "block_volume_lab"),
         *("rclone_remote", "rclone_remote_type", "rclone_auth_url", "rclone_region", "rclone_container"),
@@ -107,6 +108,13 @@ def test_the_host_key_is_remembered_in_the_labs_own_file_even_with_a_space_in_it
     arguments = shlex.split(str(variables()["ansible_ssh_common_args"]))
     assert arguments[:2] == ["-o", "UserKnownHostsFile=/home/ada/my state/known_hosts"]
     assert "StrictHostKeyChecking=accept-new" in arguments
+
+
+def test_a_host_key_and_a_connection_belong_to_the_server_and_not_to_its_address() -> None:
+    second = replace(SERVER, id="9e2c51aa-0000-0000-0000-000000000000")
+    arguments = shlex.split(str(variables(server=second)["ansible_ssh_common_args"]))
+    assert f"HostKeyAlias={second.id}" in arguments
+    assert variables(server=second)["ansible_control_path"] != variables()["ansible_control_path"]
 
 
 def test_what_isnt_known_is_left_out_for_the_roles_defaults() -> None:
