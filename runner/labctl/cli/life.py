@@ -1,0 +1,112 @@
+"""The commands of a lab's life, from nothing to nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from labctl.cli.core import ask, context, emit, err, options, report, summary, verified
+from labctl.errors import ConfigError
+
+app = typer.Typer()
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="the lab's name; default: your user name")] = "",
+    site: Annotated[str, typer.Option(help="sandbox, chameleon, or an entry of clouds.yaml")] = "sandbox",
+) -> None:
+    """Write a commented lab.yaml. Never overwrites one."""
+    from labctl import template
+
+    path = template.write(options.lab_file or Path("lab.yaml"), name, site)
+    emit({"file": str(path)}, f"Wrote {path}. Next: labctl up")
+
+
+@app.command()
+def up() -> None:
+    """Bring the whole lab up: VM, address, ports, volume, object store, services. Safe to run again: it continues."""
+    from labctl import lifecycle
+
+    ctx = context()
+    report(lifecycle.up(ctx))
+    summary(ctx)
+
+
+@app.command()
+def converge(
+    check: Annotated[bool, typer.Option("--check", help="say what would change, change nothing")] = False,
+    only: Annotated[list[str] | None, typer.Option("--only", metavar="ROLE", help="only this role; repeatable")] = None,
+) -> None:
+    """Bring the server to what lab.yaml says. Safe to run again: a second run changes nothing."""
+    from labctl import lifecycle
+
+    for role in only or ():
+        if role not in lifecycle.ROLES:
+            raise ConfigError(
+                f"There is no role {role}.",
+                expected=f"one of {', '.join(lifecycle.ROLES)}",
+                source="--only",
+                next_step="labctl converge --help",
+            )
+    ctx = context()
+    report(lifecycle.converge(ctx, check=check, only=only or ()), check=check)
+
+
+@app.command(name="reattach-volume")
+def reattach_volume() -> None:
+    """After the VM was made anew: attach the volume, prove it is the lab's, mount, start, verify. Formats nothing."""
+    from labctl import lifecycle
+
+    ctx = context()
+    verified(lifecycle.reattach_volume(ctx))
+
+
+Force = Annotated[bool, typer.Option("--force", help="go on where the host can't be drained")]
+
+
+@app.command()
+def rebuild(force: Force = False) -> None:
+    """Replace the VM by a new one; volume, object store and address stay. Reads everything back. Safe to run again."""
+    from labctl import lifecycle
+
+    ctx = context()
+    verified(lifecycle.rebuild(ctx, force=force))
+
+
+@app.command()
+def drain(force: Force = False) -> None:
+    """Stop the services, flush and unmount the volume; the VM stays. `converge` brings it back. Safe to run again."""
+    from labctl import lifecycle
+
+    drained = lifecycle.drain(context(), force=force)
+    emit({"drained": drained}, "Drained: nothing uses the volume." if drained else "")
+
+
+@app.command()
+def down(force: Force = False) -> None:
+    """Delete the VM after a drain. Volume and object store stay. Safe to run again."""
+    from labctl import lifecycle
+
+    ctx = context()
+    lifecycle.down(ctx, force=force)
+    emit({"down": True}, "The server is gone; the data stays. labctl up (or rebuild) brings it back.")
+
+
+@app.command()
+def destroy(force: Force = False) -> None:
+    """Delete the lab WITH ALL ITS DATA, after asking for its name. Safe to run again."""
+    from labctl import lifecycle
+
+    ctx = context()
+    doomed = lifecycle.possessions(ctx)
+    for line in doomed.lines:
+        err.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+    if doomed and not options.yes:
+        typed = ask(f"This deletes all of it for good. Type the lab's name ({ctx.lab.lab}) to go on: ")
+        if typed != ctx.lab.lab:
+            raise ConfigError("That is not the lab's name: nothing was deleted.", next_step="labctl destroy")
+    lifecycle.destroy(ctx, force=force)
+    emit({"destroyed": list(doomed.lines)}, "The lab is gone.")

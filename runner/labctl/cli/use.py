@@ -1,0 +1,63 @@
+"""The commands of daily use: data in, a shell, the services on this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from labctl.cli.core import context, err, report
+
+app = typer.Typer()
+
+
+@app.command()
+def etl() -> None:
+    """Load the dataset into the object store. Deletes nothing that is there. Safe to run again."""
+    from labctl import lifecycle
+
+    ctx = context()
+    report(lifecycle.etl(ctx))
+
+
+@app.command()
+def mount() -> None:
+    """Mount the object store on the server. Safe to run again."""
+    from labctl import lifecycle
+
+    ctx = context()
+    report(lifecycle.mount(ctx))
+
+
+@app.command()
+def unmount() -> None:
+    """Unmount the object store on the server, until `mount` or `converge`. Safe to run again."""
+    from labctl import lifecycle
+
+    ctx = context()
+    report(lifecycle.unmount(ctx))
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def ssh(command: Annotated[list[str] | None, typer.Argument(metavar="[-- CMD]")] = None) -> None:
+    """Log into the server, or run one command there."""
+    from labctl import lifecycle
+    from labctl.ssh import replace_process
+
+    ctx = context()
+    replace_process(ctx.login(lifecycle.existing_server(ctx)), command or [])
+
+
+@app.command()
+def tunnel() -> None:
+    """Make the services reachable on this machine's 127.0.0.1, until Ctrl-C."""
+    from labctl import lifecycle
+    from labctl.ssh import forward_ports
+
+    ctx = context()
+    ports = ctx.ports
+    login = ctx.login(lifecycle.existing_server(ctx))
+    for name, port in ports.items():
+        err.print(f"{name}: http://127.0.0.1:{port}", markup=False, highlight=False)
+    err.print("Ctrl-C ends it.")
+    forward_ports(login, list(ports.values()))
