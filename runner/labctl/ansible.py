@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -46,6 +47,8 @@ LOCAL_ACTIONS = frozenset(
 )
 #: How many logs of runs are kept in the lab's state directory.
 LOGS_KEPT = 20
+#: How the name of a run's folder begins; the id of its process follows.
+FOLDER = "labctl-run-"
 #: Seconds between looks at whether the run was interrupted.
 POLL_SECONDS = 1
 
@@ -101,7 +104,9 @@ def run(what: Run, on_step: Callable[[Step], None]) -> Outcome:
     task's own message), and KeyboardInterrupt once the run has been stopped.
     """
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="labctl-", dir=_runtime_directory()) as folder:
+    place = _runtime_directory()
+    _remove_leftovers(place)
+    with tempfile.TemporaryDirectory(prefix=f"{FOLDER}{os.getpid()}-", dir=place) as folder:
         listener = _Listener(on_step)
         status = _execute(what, Path(folder), listener)
         outcome = listener.outcome
@@ -139,6 +144,24 @@ def _runtime_directory() -> str | None:
         if place and os.access(place, os.W_OK | os.X_OK):
             return place
     return None
+
+
+def _remove_leftovers(place: str | None) -> None:
+    """The folders of runs that were killed: a secret may still lie there. Those of living processes stay."""
+    for folder in Path(place or tempfile.gettempdir()).glob(f"{FOLDER}*-*"):
+        pid = folder.name.removeprefix(FOLDER).partition("-")[0]
+        if pid.isdigit() and folder.lstat().st_uid == os.getuid() and not _lives(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _execute(what: Run, folder: Path, listener: _Listener) -> str:

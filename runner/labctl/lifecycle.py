@@ -17,7 +17,7 @@ from labctl import ansible, ssh
 from labctl import inventory as inventories
 from labctl import lab as labs
 from labctl.ansible import Outcome, Run, Step
-from labctl.cloud import META_CREDENTIAL, META_LAB
+from labctl.cloud import FINISHED, META_CREDENTIAL, META_LAB, META_REBUILD, UNFINISHED
 from labctl.cloud import credential as credentials
 from labctl.cloud import keypair as keypairs
 from labctl.cloud import network as networks
@@ -54,8 +54,11 @@ def up(ctx: Context) -> Outcome:
     return converge_host(ctx, server, volume)
 
 
-def provide(ctx: Context) -> tuple[Server, Volume]:
-    """What the cloud has to give, in an order that overlaps its waits: the server builds while the rest is made."""
+def provide(ctx: Context, **metadata: str) -> tuple[Server, Volume]:
+    """What the cloud has to give, in an order that overlaps its waits: the server builds while the rest is made.
+
+    `metadata`: what a server that is made here is tagged with besides the lab's name.
+    """
     progress, cloud, lab = ctx.progress, ctx.cloud, ctx.lab
     with progress.step("SSH key and security group"):
         public_key = ssh.ensure_key(ctx.ssh_key)
@@ -73,7 +76,7 @@ def provide(ctx: Context) -> tuple[Server, Volume]:
                 network=ctx.site.network,
                 key_name=key_name,
                 groups=["default", *groups],
-                metadata={META_LAB: lab.lab},
+                metadata={META_LAB: lab.lab, **metadata},
             )
         step.result("requested" if created else f"exists, {server.status}")
     volume = provide_volume(ctx)
@@ -224,15 +227,24 @@ def reattach_volume(ctx: Context) -> Verification:
 
 
 def rebuild(ctx: Context, *, force: bool = False) -> Verification:
-    """Replace the server by a new one at the same address; volume and container stay, and everything is read back."""
+    """Replace the server by a new one at the same address; volume and container stay, and everything is read back.
+
+    A server that an interrupted rebuild made is kept and finished, not replaced once more.
+    """
     volume = existing_volume(ctx)
     server = servers.find(ctx.cloud, ctx.lab.server_name, ctx.progress.tell)
-    if server is not None:
+    if server is not None and server.metadata.get(META_REBUILD) == UNFINISHED and server.status != "ERROR":
+        ctx.progress.note(
+            f"Continuing the rebuild that made {server.name} ({server.id}); labctl down first for another."
+        )
+    elif server is not None:
         release_volume(ctx, server, volume, force=force)
         delete_server(ctx, server)
-    server, volume = provide(ctx)
+    server, volume = provide(ctx, **{META_REBUILD: UNFINISHED})
     converge_host(ctx, server, volume, never_format=True)
-    return verify(ctx)
+    found = verify(ctx)
+    servers.set_metadata(ctx.cloud, server.id, **{META_REBUILD: FINISHED})
+    return found
 
 
 def verify(ctx: Context, *, write: bool = True) -> Verification:

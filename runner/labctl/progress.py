@@ -20,10 +20,11 @@ REMINDER_SECONDS = 10.0
 
 
 class Progress:
-    """Where the layers below `cli` report to; only this class writes."""
+    """Where the layers below `cli` report to; only this class writes. `verbose`: whatever is told is a line."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, verbose: bool = False) -> None:
         self._console = console
+        self._verbose = verbose
         self._live: Status | None = None
         self._step = ""
         self._text = ""
@@ -57,7 +58,9 @@ class Progress:
     def tell(self, text: str) -> None:
         """What the current step is doing or waiting for, in a few words."""
         with self._lock:
-            self._text = text
+            new, self._text = text != self._text, text
+        if new and self._verbose:
+            self._say(f"  {text}")
 
     def result(self, text: str) -> None:
         """What the current step came to; shown at its end."""

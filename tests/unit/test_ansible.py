@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,20 @@ def test_a_run_counts_what_changed_and_which_tasks_cost_a_round_trip(tmp_path: P
     assert outcome.changed_tasks == ["one"]
     assert [step.name for step in steps] == ["one", "two", "three"]
     assert (tmp_path / "made").read_text() == "x"
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next_and_a_living_ones_folder_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    dead, alive, strange = (tmp_path / f"labctl-run-{name}" for name in (f"{killed.pid}-x", f"{os.getppid()}-x", "a-b"))
+    for folder in (dead, alive, strange):
+        folder.mkdir()
+        (folder / "variables.json").write_text(CANARY)
+    run(tmp_path, "    - ansible.builtin.assert: {that: true}\n")
+    assert (dead.exists(), alive.exists(), strange.exists()) == (False, True, True)
 
 
 def test_check_mode_changes_nothing_and_shows_the_difference(tmp_path: Path) -> None:

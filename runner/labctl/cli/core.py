@@ -53,7 +53,7 @@ def progress() -> Any:
     """Where progress is shown."""
     from labctl.progress import Progress
 
-    return Progress(err)
+    return Progress(err, verbose=options.verbosity > 0)
 
 
 def confirm(question: str) -> bool:

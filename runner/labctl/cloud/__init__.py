@@ -9,3 +9,6 @@ cloud's own words; what it doesn't answer, too.
 META_LAB = "labctl_lab"
 #: Server metadata key with the id of the application credential that the server reads the object store with.
 META_CREDENTIAL = "labctl_credential_id"
+#: Server metadata key that a rebuild sets on the server it makes: UNFINISHED until everything was read back.
+META_REBUILD = "labctl_rebuild"
+UNFINISHED, FINISHED = "unfinished", "finished"
