@@ -76,7 +76,7 @@ test-cloud: sandbox ## the cloud code against a real OpenStack (LABCTL_TEST_CLOU
 
 .PHONY: e2e
 e2e: sandbox ## the command line from outside, and the whole story as a molecule scenario
-	$(SUDO) $(BIN)/pytest tests/e2e
+	$(SUDO) $(BIN)/pytest -m "not slow" tests/e2e
 	$(SUDO) $(BIN)/molecule test -s rebuild
 
 .PHONY: test

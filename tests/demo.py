@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 import yaml
-from story import LABCTL, REPOSITORY, Commands, Mlflow, Timeline, delete_server_behind_labctl
+from story import LABCTL, REPOSITORY, Commands, Evidence, Timeline, delete_server_behind_labctl
 
 #: The sandbox's gateway: this machine, as its servers see it.
 DATASET_ADDRESS = "172.29.0.1"
@@ -46,9 +46,9 @@ def main() -> int:
             lab.run("etl")
     with timeline.part("the demo notebook, headless"):
         run_notebook(lab)
-    before = look(lab)
-    print(f"MLflow has {len(before[0])} run(s) {before[0]} and {len(before[1])} artifact files.", flush=True)
-    if not before[0] or not before[1]:
+    before = Evidence.collect(lab)
+    print(f"MLflow has {len(before.runs)} run(s) {before.runs}, {len(before.artifacts)} artifact files.", flush=True)
+    if not before.runs or not before.artifacts:
         raise SystemExit("The notebook logged no run or no artifact.")
 
     with timeline.part("the server is deleted behind labctl's back"):
@@ -56,14 +56,12 @@ def main() -> int:
     with timeline.part("labctl rebuild"):
         lab.run("rebuild")
     with timeline.part("reading everything back"):
-        after = look(lab)
-    lost = {run: metrics for run, metrics in before[0].items() if after[0].get(run) != metrics}
-    changed = {path for path, digest in before[1].items() if after[1].get(path) != digest}
+        lost = before.lost(Evidence.collect(lab))
     print(f"\n{timeline.table()}\n")
-    if lost or changed:
-        print(f"LOST: runs {lost}, artifacts {changed}")
+    if lost:
+        print(f"LOST: {lost}")
         return 1
-    print(f"All {len(before[0])} run(s) and {len(before[1])} artifact files are there again, byte for byte.")
+    print(f"All {len(before.runs)} run(s) and {len(before.artifacts)} artifact files are there again, byte for byte.")
     print(f"The lab is still up: cd {directory.relative_to(REPOSITORY)}; labctl status. make clean removes everything.")
     return 0
 
@@ -119,13 +117,6 @@ def run_notebook(lab: Commands) -> None:
             f" --log-level WARN {NOTEBOOK} | tail -c 300"
         )[-300:]
     )
-
-
-def look(lab: Commands) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Every run with its metrics and every artifact with its SHA-256, through the tunnel that users have."""
-    with lab.tunnel():
-        mlflow = Mlflow()
-        return mlflow.runs(), mlflow.artifacts()
 
 
 if __name__ == "__main__":

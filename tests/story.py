@@ -106,6 +106,23 @@ class Mlflow:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
 
+    def log_run(self, name: str, metrics: dict[str, float], artifact: bytes) -> str:
+        """Log a finished run with parameters, metrics and one artifact, as the client library would; returns its id."""
+        created = self.post("/api/2.0/mlflow/runs/create", {"experiment_id": "0", "run_name": name, "start_time": 0})
+        info = created["run"]["info"]
+        batch = {
+            "run_id": info["run_id"],
+            "metrics": [{"key": key, "value": value, "timestamp": 0, "step": 0} for key, value in metrics.items()],
+            "params": [{"key": "name", "value": name}],
+        }
+        self.post("/api/2.0/mlflow/runs/log-batch", batch)
+        place = info["artifact_uri"].removeprefix("mlflow-artifacts:/")
+        upload = f"{self.url}/api/2.0/mlflow-artifacts/artifacts/{place}/{name}.bin"
+        with urllib.request.urlopen(urllib.request.Request(upload, artifact, method="PUT"), timeout=30):
+            pass
+        self.post("/api/2.0/mlflow/runs/update", {"run_id": info["run_id"], "status": "FINISHED", "end_time": 1})
+        return str(info["run_id"])
+
     def runs(self) -> dict[str, dict[str, float]]:
         """The metrics of every run of every experiment, by run id."""
         experiments = self.post("/api/2.0/mlflow/experiments/search", {"max_results": 1000})["experiments"]
@@ -133,14 +150,47 @@ class Mlflow:
         return found
 
 
-def delete_server_behind_labctl(name: str) -> None:
-    """What the end of a lease does: the server is gone, nobody was asked, nothing was drained."""
+@dataclass(frozen=True)
+class Evidence:
+    """What a user would miss: metrics by run, and by path the SHA-256 of every artifact, notebook and credential."""
+
+    runs: dict[str, dict[str, float]]
+    artifacts: dict[str, str]
+    files: dict[str, str]
+
+    @classmethod
+    def collect(cls, lab: Commands) -> Evidence:
+        """Read all of it through the tunnel and from the volume, as users do."""
+        with lab.tunnel():
+            runs, artifacts = Mlflow().runs(), Mlflow().artifacts()
+        listed = lab.ssh("cd /mnt/block && sudo find workspace .labctl/secrets -type f -exec sha256sum {} +")
+        files = {path: digest for digest, path in (line.split("  ", 1) for line in listed.splitlines())}
+        return cls(runs, artifacts, files)
+
+    def lost(self, later: Evidence) -> list[str]:
+        """What of this is missing or different in what was read later."""
+        pairs = ((self.runs, later.runs), (self.artifacts, later.artifacts), (self.files, later.files))
+        return [key for before, after in pairs for key, value in before.items() if after.get(key) != value]
+
+
+def sandbox_cloud() -> Any:
+    """A connection to the sandbox's APIs that knows nothing of labctl: what a user does in Horizon."""
     import openstack
 
     clouds = Path(os.environ.get("LABCTL_SANDBOX_STATE", "/var/lib/labctl-sandbox")) / "clouds.yaml"
-    cloud = openstack.config.OpenStackConfig(config_files=[str(clouds)]).get_one("sandbox")
-    connection = openstack.connection.Connection(config=cloud)
-    connection.delete_server(name, wait=True, timeout=120)
+    config = openstack.config.OpenStackConfig(config_files=[str(clouds)]).get_one("sandbox")
+    return openstack.connection.Connection(config=config)
+
+
+def delete_server_behind_labctl(name: str) -> None:
+    """What the end of a lease does: the server is gone, nobody was asked, nothing was drained."""
+    sandbox_cloud().delete_server(name, wait=True, timeout=120)
+
+
+def kill_node(name: str) -> None:
+    """The power of a sandbox server fails: SIGKILL for everything in it, and nobody tells the cloud."""
+    server = sandbox_cloud().get_server(name)
+    subprocess.run(["docker", "kill", f"inst-{server.id}"], check=True, capture_output=True)
 
 
 @dataclass
