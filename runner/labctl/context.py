@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SERVICE_IMAGES = ("mlflow", "postgres", "s3", "jupyter")
 ETL_IMAGES = ("python", "rclone")
+#: What serves a volume that an older or newer PostgreSQL wrote; `postgres` is for new volumes.
+POSTGRES_MAJORS = ("postgres-15", "postgres-16", "postgres-17", "postgres-18")
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class Context:
             for name in (*SERVICE_IMAGES, *ETL_IMAGES)
             if (reference := getattr(self.lab.images, name) or base.references.get(name))
         }
+        if self.lab.images.postgres is None:  # the one that lab.yaml names is meant, and no other
+            chosen |= {name: base.references[name] for name in POSTGRES_MAJORS if name in base.references}
         return Images(chosen, base.registry, base.s3_flavour)
 
     @property

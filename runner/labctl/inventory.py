@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 #: The group that the playbooks name as their hosts.
 GROUP = "labctl"
 #: The images that run on the volume, and those that an ETL run needs.
-STACK_IMAGES = ("mlflow", "postgres", "s3", "jupyter")
+STACK_IMAGES = ("mlflow", "postgres", "s3", "jupyter", "postgres-15", "postgres-16", "postgres-17", "postgres-18")
 ETL_IMAGES = ("python", "rclone")
 #: A connection outlives a run, so that the next command of a session needs no new handshake.
 _SSH_OPTIONS = (

@@ -234,6 +234,15 @@ def test_half_written_files_of_an_interrupted_run_count_as_missing(tmp_path: Pat
     assert files.read_json(tmp_path / "x.json") is None
 
 
+def test_optional_images_are_made_only_when_asked_for() -> None:
+    optional = {service.name: service for service in services.listed(optional=True)}
+    assert {"postgres-15", "postgres-16", "postgres-18"} <= set(optional)
+    assert not set(optional) & {service.name for service in services.listed()}
+    for service in optional.values():
+        assert (service.build_folder / "Dockerfile").is_file()
+    assert len({service.local_tag for service in optional.values()}) == len(optional)
+
+
 def test_images_json_keeps_what_an_interrupted_up_had_done(tmp_path: Path) -> None:
     config = SandboxConfig(state=tmp_path)
     first = services.Catalogue(config)

@@ -48,6 +48,18 @@ def sandbox_status() -> None:
     emit(found, table([(name, str(value)) for name, value in found.items()]))
 
 
+@app.command("image")
+def sandbox_image(
+    name: Annotated[str, typer.Argument(help="an entry of sandbox/images/versions.json, such as postgres-15")],
+) -> None:
+    """Make one service image for the sandbox's servers, such as an older PostgreSQL. Safe to run again."""
+    from labctl import sandbox
+
+    with progress().step(f"sandbox image {name}") as step:
+        reference = sandbox.image(step.tell, name)
+    emit({"image": name, "reference": reference}, f"The image {name} is {reference}.")
+
+
 @app.command("destroy")
 def sandbox_destroy(
     images: Annotated[bool, typer.Option("--images", help="delete the images that it was built from, too")] = False,

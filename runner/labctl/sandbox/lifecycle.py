@@ -135,6 +135,33 @@ def _bring_up(config: SandboxConfig, tell: Tell, settings: dict[str, bool], sour
     write_private(config.state / "ready.json", json.dumps({"boot": control.boot_of(config), "settings": settings}))
 
 
+def image(tell: Tell, name: str, *, source: Source = "auto", config: SandboxConfig | None = None) -> str:
+    """One service image for the servers of a running sandbox, also one that `up` doesn't make; its full reference.
+
+    Safe to run again: it is built when its files have changed, and pushed when the registry lacks it. Raises
+    ConfigError for a name that versions.json doesn't have and for a sandbox that doesn't run.
+    """
+    config = config or SandboxConfig.from_environment()
+    check_machine(f"image {name}")
+    known = {one.name: one for one in (*services.listed(), *services.listed(optional=True))}
+    if name not in known:
+        raise ConfigError(
+            f"There is no service image {name}.",
+            expected=", ".join(known),
+            source="sandbox/images/versions.json",
+            next_step="labctl sandbox image NAME",
+        )
+    with locked(config, tell):
+        if not engine_answers() or control.is_running(config.registry_name) is not True:
+            raise ConfigError("The sandbox doesn't run.", next_step="labctl sandbox up")
+        board = Board()
+        commands = Commands(config.logs, board.stop)
+        base = board.start("base image", lambda job: images.build_base(commands, config.state, job))
+        services.Maker(config, commands, source).start_one(board, known[name], base)
+        board.finish(tell)
+        return str(services.summary(config)["images"][name])
+
+
 def need_root(command: str) -> None:
     """Raises ConfigError if this isn't root: the state directory is root's alone."""
     if os.geteuid() != 0:

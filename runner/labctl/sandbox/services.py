@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from labctl.errors import ConfigError, ConvergeFailed
@@ -30,7 +31,11 @@ _PUSHED = re.compile(r"digest: (sha256:[0-9a-f]{64})")
 
 @dataclass(frozen=True)
 class Service:
-    """One entry of versions.json; `base` names the service image it is built on ("from"), if any."""
+    """One entry of versions.json.
+
+    `base` names the service image it is built on ("from"), `folder` the build files if they aren't called like it. An
+    `optional` one is made when somebody asks for it, not by `up`.
+    """
 
     name: str
     version: str
@@ -38,24 +43,35 @@ class Service:
     flavour: str = ""
     upstream_flavour: str = ""
     base: str = ""
+    folder: str = ""
+    optional: bool = False
+
+    @property
+    def build_folder(self) -> Path:
+        """Where its Dockerfile is."""
+        return build_files("images", self.folder or self.name)
 
     @property
     def local_tag(self) -> str:
         """The image on this machine; the tag changes with the Dockerfile's folder and with what it starts from."""
-        folder = build_files("images", self.name)
+        folder = self.build_folder
         below = content_hash(build_files("images", self.base)) if self.base else ""
         return f"labctl-sandbox-service-{self.name}:{content_hash(images.base_image(), folder, self.version, below)}"
 
 
-def listed() -> list[Service]:
-    """The service images: first those that others wait for, then those that wait for none, then the others."""
+def listed(optional: bool = False) -> list[Service]:
+    """The service images: first those that others wait for, then those that wait for none, then the others.
+
+    Those that a plain `up` makes, or with `optional` the others.
+    """
     path = build_files("images", "versions.json")
-    entries: dict[str, dict[str, str]] = json.loads(path.read_text())
+    entries: dict[str, dict[str, Any]] = json.loads(path.read_text())
     names = {"from": "base"}
     known = Service.__dataclass_fields__
     services = [
         Service(name, **{names.get(k, k): v for k, v in entry.items() if names.get(k, k) in known})
         for name, entry in entries.items()
+        if bool(entry.get("optional")) == optional
     ]
     needed = {s.base for s in services if s.base}
     return sorted(services, key=lambda s: (bool(s.base), s.name not in needed))
@@ -130,11 +146,22 @@ class Maker:
             before = (probe, base, registry, *((jobs[service.base],) if service.base else ()))
             jobs[service.name] = board.start(f"image {service.name}", self.job_for(service, jobs), before)
 
-    def probe(self, job: Job) -> None:
+    def start_one(self, board: Board, service: Service, base: Future[None]) -> None:
+        """A job for one image of a sandbox that runs."""
+        board.start(f"image {service.name}", lambda job: self.one(service, job), (base,))
+
+    def one(self, service: Service, job: Job) -> None:
+        """One image, and the answer of the registry that it would come from."""
+        self.probe(job, [service])
+        self.job_for(service, {})(job)
+
+    def probe(self, job: Job, among: list[Service] | None = None) -> None:
         """Asks each registry that an image would come from whether it answers; not with `images="build"`."""
         if self.source == "build":
             return
-        hosts = {upstream.split(s.upstream)[0] for s in listed() if s.upstream}
+        hosts = {upstream.split(s.upstream)[0] for s in among or listed() if s.upstream}
+        if not hosts:
+            return
         job.note(f"asking {', '.join(sorted(hosts))}")
         self.answers = upstream.answering(hosts)
         if self.source == "pull" and not all(self.answers.values()):
@@ -198,8 +225,7 @@ class Maker:
                 arguments = {"BASE": images.base_image(), "VERSION": service.version}
                 if service.base:
                     arguments[f"{service.base.upper()}_IMAGE"] = self.base_of(service)
-                folder = build_files("images", service.name)
-                images.build(self.commands, job, service.local_tag, folder, arguments=arguments)
+                images.build(self.commands, job, service.local_tag, service.build_folder, arguments=arguments)
             job.note("pushing it into the sandbox's registry")
             digest = self.push(service)
         name = f"{self.config.registry_address}/labctl/{service.name}"
