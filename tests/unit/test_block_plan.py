@@ -13,6 +13,7 @@ ansible.module_utils.__path__.append(str(Path(__file__).parents[2] / "roles/bloc
 
 from ansible.module_utils import block_write  # noqa: E402
 from ansible.module_utils.block_model import (  # noqa: E402
+    GROW,
     INITIALISE,
     NEVER,
     STOP,
@@ -39,9 +40,13 @@ DATA = Content(data_at=GIB, bytes_read=GIB, seconds=1)
 DISK = Area(path="/dev/vdb", size=2 * GIB, content=ZERO)
 GPT = ((510, "PMBR"), (512, "gpt"), (2 * GIB - 512, "gpt"))
 EXTENT = Extent(1, 1 << 20, 2 * GIB - (2 << 20))
+BIGGER = Extent(1, 1 << 20, 4 * GIB - (2 << 20))  # the same partition on a disk of 4 GiB
 TABLE = Table(kind="gpt", guid="1" * 8, extents=(EXTENT,), names={1: "primary"})
 OURS = Table(kind="gpt", guid=ID, extents=(EXTENT,), names={1: f"labctl:{ID[:20]}"})
-EXT4 = Area("/dev/vdb1", EXTENT.size, kind="ext4", usage="filesystem", uuid=FS, signatures=((1080, "ext4"),))
+EXT4 = Area(
+    "/dev/vdb1", EXTENT.size, kind="ext4", usage="filesystem", uuid=FS, signatures=((1080, "ext4"),),
+    filesystem_size=EXTENT.size,
+)  # fmt: skip
 MARKER = {"lab": "food", "volume_id": ID, "filesystem_uuid": FS, "layout_version": 1}
 
 
@@ -50,7 +55,7 @@ def blank(**changes: Any) -> Facts:
 
 
 def whole(kind: str, usage: str = "filesystem", **changes: Any) -> Facts:
-    area = Area("/dev/vdb", 2 * GIB, kind=kind, usage=usage, uuid=FS, signatures=((0, kind),))
+    area = Area("/dev/vdb", 2 * GIB, kind=kind, usage=usage, uuid=FS, signatures=((0, kind),), filesystem_size=2 * GIB)
     return Facts(disk=replace(area, **changes))
 
 
@@ -61,6 +66,17 @@ def partitioned(area: Area = EXT4, table: Table = TABLE, **changes: Any) -> Fact
 
 def on_disk(**changes: Any) -> Facts:
     return replace(partitioned(), disk=replace(partitioned().disk, **changes))
+
+
+def extended(table: Table = TABLE, area: Area = EXT4, behind: Content = ZERO, **changes: Any) -> Facts:
+    """The tutorial's volume after Cinder made its 2 GiB 4 GiB."""
+    disk = Area("/dev/vdb", 4 * GIB, table="gpt", signatures=GPT[:2])
+    facts = Facts(disk=disk, table=table, partitions=(Partition(EXTENT, area),), behind=behind)
+    return replace(facts, **changes)
+
+
+def extended_whole(kind: str = "ext4", behind: Content = ZERO, **changes: Any) -> Facts:
+    return replace(whole(kind, size=4 * GIB), behind=behind, **changes)
 
 
 USED = [
@@ -75,6 +91,9 @@ USED = [
         replace(EXT4, busy=True, mounted_at=("/mnt/block", "/srv/x")), mount_point=MountPoint("/dev/vdb1", True))),
     ("a marker with fields of later versions", partitioned(marker=Marker({**MARKER, "postgres_major": 17}))),
     ("a grown disk whose backup GPT isn't at its end", on_disk(signatures=GPT[:2])),
+    ("a grown disk, nobody asked to grow", extended(behind=Content())),
+    ("a grown disk, its table enlarged and the kernel not told", extended(replace(TABLE, extents=(BIGGER,)))),
+    ("a grown whole-disk filesystem", extended_whole()),
     ("a journal not replayed, its marker half written", partitioned(marker=Marker(problem="garbage", stale=True))),
 ]  # fmt: skip
 
@@ -111,6 +130,12 @@ STOPPED = [
     ("a GPT beside a ZFS label", on_disk(signatures=(*GPT, (9, "zfs_member"))), "something else"),
     ("somebody's blank partition", partitioned(Area("/dev/vdb1", GIB, content=ZERO)), "no filesystem"),
     ("somebody's partition with raw data", partitioned(Area("/dev/vdb1", GIB, content=DATA)), "no filesystem"),
+    ("a disk smaller than its partition", on_disk(size=GIB), "smaller than its partition"),
+    ("a disk smaller than its filesystem", whole("ext4", size=GIB), "smaller than its filesystem"),
+    ("a table that was enlarged over a blank partition", replace(
+        partitioned(Area("/dev/vdb1", GIB, content=ZERO), replace(OURS, extents=(BIGGER,))),
+        disk=extended().disk), "disagree"),
+    ("a disk whose serial is another volume's", replace(partitioned(), serial="11111111-5d3e-4a55-8"), "serial"),
     ("our table, and raw data in the partition",
         partitioned(Area("/dev/vdb1", GIB, content=DATA), OURS), "unknown kind"),
     ("our table of another volume, blank partition",
@@ -139,6 +164,96 @@ STOPPED = [
     ("a marker without a version", partitioned(marker=Marker({"lab": "food"})), "newer labctl"),
     ("an unreadable marker", partitioned(marker=Marker(problem="it isn't JSON")), "can't be read"),
 ]  # fmt: skip
+
+
+MOVED = Extent(1, 2 << 20, 4 * GIB - (3 << 20))
+NOT_GROWN = [
+    ("a byte of data behind the partition", extended(behind=DATA), "data behind"),
+    ("only samples of what is behind it were read", extended(behind=Content(bytes_read=GIB, seconds=1)), "too much"),
+    ("nothing of what is behind it was read", extended(behind=Content()), "too much"),
+    ("data behind a whole-disk filesystem", extended_whole(behind=DATA), "data behind"),
+    ("the table's partition begins elsewhere than the kernel's",
+        extended(replace(TABLE, extents=(MOVED,))), "disagree"),
+    ("the table's partition is smaller than the kernel's",
+        extended(replace(TABLE, extents=(replace(EXTENT, size=GIB),))), "disagree"),
+    ("a second partition", extended(replace(TABLE, extents=(EXTENT, Extent(2, 3 * GIB, 5))),
+        partitions=(Partition(EXTENT, EXT4), Partition(Extent(2, 3 * GIB, 5), EXT4))), "2 partitions"),
+    ("a second partition that the kernel doesn't know",
+        extended(replace(TABLE, extents=(EXTENT, Extent(2, 3 * GIB, 5)))), "disagree"),
+    ("a disk that shrank", on_disk(size=GIB), "smaller than its partition"),
+    ("a filesystem that can't be grown while it is mounted", extended(area=replace(EXT4, kind="ext2")), "ext2"),
+    ("a filesystem of unknown size", extended(area=replace(EXT4, filesystem_size=0)), "how large"),
+    ("no tool to grow it", extended(missing_tool="xfs_growfs"), "xfs_growfs"),
+    ("a read-only volume", extended(area=replace(EXT4, read_only=True)), "read-only"),
+    ("another lab's volume", extended(marker=Marker({**MARKER, "lab": "mine"})), "another lab"),
+    ("a copy that is attached, too", extended(same_uuid=("/dev/vdc1",)), "a copy"),
+    ("a table of two kinds", extended(disk=replace(extended().disk, signatures=(*GPT[:2], (9, "xfs")))), "else on it"),
+]  # fmt: skip
+
+MBR = ((510, "dos"),)
+MBR_TABLE = Table(kind="dos", extents=(EXTENT,), names={1: ""})
+FULL = replace(EXT4, size=BIGGER.size, filesystem_size=EXTENT.size)
+TOLD = (Partition(BIGGER, FULL),)
+BIGGER_TABLE = replace(TABLE, extents=(BIGGER,))
+# (case, facts, the steps that are left: table, kernel, filesystem)
+GROWN = [
+    ("the tutorial's GPT", extended(), (True, True, True)),
+    ("an MBR", extended(MBR_TABLE, disk=replace(extended().disk, table="dos", signatures=MBR)), (True, True, True)),
+    ("an xfs", extended(area=replace(EXT4, kind="xfs", signatures=((0, "xfs"),))), (True, True, True)),
+    ("a whole-disk ext4", extended_whole(), (False, False, True)),
+    ("a whole-disk btrfs", extended_whole("btrfs"), (False, False, True)),
+    ("cut off before the kernel was told", extended(BIGGER_TABLE), (False, True, True)),
+    ("cut off before the filesystem", extended(BIGGER_TABLE, partitions=TOLD), (False, False, True)),
+    ("extended once more after that", extended(BIGGER_TABLE, partitions=TOLD,
+        disk=replace(extended().disk, size=8 * GIB)), (True, True, True)),
+    ("mounted, as it is while labctl works", extended(mount_point=MountPoint("/dev/vdb1", True)), (True, True, True)),
+]  # fmt: skip
+NOTHING_TO_GROW = [
+    ("a disk as it was made", partitioned()),
+    ("a whole-disk ext4", whole("ext4")),
+    ("grown already", extended(BIGGER_TABLE, partitions=(
+        Partition(BIGGER, replace(FULL, filesystem_size=BIGGER.size)),))),
+    ("the last group that ext4 leaves out", extended(BIGGER_TABLE, partitions=(
+        Partition(BIGGER, replace(FULL, filesystem_size=BIGGER.size - (7 << 20))),))),
+    ("an MBR's end at 2 TiB", Facts(
+        disk=Area("/dev/vdb", 3 << 40, table="dos", signatures=MBR),
+        table=replace(MBR_TABLE, extents=(Extent(1, 1 << 20, (2 << 40) - (1 << 20)),)),
+        partitions=(Partition(Extent(1, 1 << 20, (2 << 40) - (1 << 20)),
+            replace(EXT4, size=(2 << 40) - (1 << 20), filesystem_size=(2 << 40) - (1 << 20))),))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("facts", "words"), [pytest.param(f, w, id=name) for name, f, w in NOT_GROWN])
+def test_what_growing_could_destroy_stops(facts: Facts, words: str) -> None:
+    plan = decide(facts, replace(WANTED, grow=True))
+    assert plan.action == STOP, plan
+    assert words in plan.reason + plan.found
+    assert plan.next_step
+
+
+@pytest.mark.parametrize(("facts"), [pytest.param(f, id=name) for name, f, _words in STOPPED])
+def test_nothing_that_stops_is_grown(facts: Facts) -> None:
+    assert decide(facts, replace(WANTED, grow=True)).action == STOP
+
+
+@pytest.mark.parametrize(("facts", "steps"), [pytest.param(f, s, id=name) for name, f, s in GROWN])
+def test_an_extended_volume_is_grown_from_where_it_is(facts: Facts, steps: tuple[bool, bool, bool]) -> None:
+    plan = decide(facts, replace(WANTED, grow=True))
+    assert (plan.action, plan.uuid) == (GROW, FS), plan
+    assert (plan.grow_table, plan.tell_kernel, plan.grow_filesystem) == steps
+
+
+@pytest.mark.parametrize(("facts"), [pytest.param(f, id=name) for name, f, _steps in GROWN])
+def test_nothing_grows_unasked_and_the_note_says_how(facts: Facts) -> None:
+    plan = decide(facts, WANTED)
+    assert plan.action == USE
+    assert "labctl volume extend" in plan.note
+
+
+@pytest.mark.parametrize(("facts"), [pytest.param(f, id=name) for name, f in NOTHING_TO_GROW])
+def test_growing_again_changes_nothing(facts: Facts) -> None:
+    plan = decide(facts, replace(WANTED, grow=True))
+    assert (plan.action, plan.note) == (USE, ""), plan
 
 
 @pytest.mark.parametrize(("facts"), [pytest.param(f, id=name) for name, f in USED])
@@ -190,7 +305,7 @@ def test_an_unmarked_volume_is_adopted_and_a_marked_one_isnt() -> None:
 def test_another_identity_is_accepted_only_by_its_own_name() -> None:
     facts = partitioned(marker=Marker({**MARKER, "lab": "mine"}))
     name = marker_identity(facts.marker.values)
-    assert name in decide(facts, WANTED).next_step
+    assert f"labctl converge --accept-volume {name}" in decide(facts, WANTED).next_step
     assert decide(facts, replace(WANTED, accept_marker="mine/other")).action == STOP
     assert decide(facts, replace(WANTED, accept_marker=name)).accepted
 

@@ -7,9 +7,9 @@ DOCUMENTATION = r"""
 module: block_volume
 short_description: Mount a Cinder volume by identity, and never lose what is on it
 description:
-  - Finds the disk by the volume's id, reads its whole state once, lets a pure function decide (use, initialise, stop),
-    and does what the decision says. Whatever isn't provably blank or provably the right volume ends the run before
-    a byte is written.
+  - Finds the disk by the volume's id, reads its whole state once, lets a pure function decide (use, initialise, grow,
+    stop), and does what the decision says. Whatever isn't provably blank or provably the right volume ends the run
+    before a byte is written.
   - With O(state=unmounted) it is the way back. A plain unmount, never a lazy one.
 options:
   volume_id: {description: Cinder volume id. The disk's serial is its beginning., type: str, default: ""}
@@ -24,6 +24,8 @@ options:
   owner: {description: User who gets the root directory of a new filesystem., type: str, default: root}
   lab: {description: Lab that the volume belongs to., type: str, default: ""}
   accept_marker: {description: Identity that a safety stop printed; takes such a volume over., type: str, default: ""}
+  grow: {description: Whether the filesystem takes the room that an extended volume has., type: bool, default: false}
+  size_gib: {description: Size in GiB that the disk must have before it is grown., type: int, default: 0}
   wait: {description: Seconds to wait for the disk to appear., type: int, default: 60}
   read_limit_gib: {description: Largest disk in GiB that is read whole to prove it blank., type: int, default: 256}
 author: labctl
@@ -48,8 +50,9 @@ filesystem: {description: Its kind., type: str, returned: when there is one}
 device: {description: The disk., type: str, returned: always}
 partition: {description: What is mounted; the disk itself if it has no table., type: str, returned: when there is one}
 size: {description: Size of the disk in bytes., type: int, returned: always}
-plan: {description: use, initialise or stop., type: str, returned: always}
+plan: {description: use, initialise, grow or stop., type: str, returned: always}
 reason: {description: Why., type: str, returned: always}
+note: {description: What a person may want to know of it., type: str, returned: when there is something}
 changes: {description: What was done, or would be., type: list, elements: str, returned: always}
 protected: {description: Whether the bare mount point is immutable., type: bool, returned: when it could be seen}
 marker: {description: Identity that is on the volume., type: dict, returned: when there is one}
@@ -63,7 +66,17 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from ansible.module_utils import block_facts, block_host, block_model, block_plan, block_unmount, block_write
+from ansible.module_utils import (
+    block_bytes,
+    block_facts,
+    block_grow,
+    block_host,
+    block_model,
+    block_plan,
+    block_room,
+    block_unmount,
+    block_write,
+)
 from ansible.module_utils.basic import AnsibleModule
 
 LOCK = "/run/labctl-block-volume.lock"
@@ -82,6 +95,7 @@ class Run:
             lab=self.params["lab"],
             format=self.params["format"],
             accept_marker=self.params["accept_marker"],
+            grow=self.params["grow"],
         )
 
     def fail(self, message: str, **extra: Any) -> None:
@@ -151,9 +165,10 @@ class Run:
         disk = self.locate(self.params["wait"])
         if not disk:
             self.missing()
+        self.wait_for_size(disk)
         facts = self.look(disk, self.params["read_limit_gib"] << 30)
         plan = block_plan.decide(facts, self.wanted)
-        self.result.update(plan=plan.action, reason=plan.reason)
+        self.result.update(plan=plan.action, reason=plan.reason, **({"note": plan.note} if plan.note else {}))
         if plan.action == block_model.STOP:
             self.refuse(plan)
         changes = self.pending(facts, plan)
@@ -168,6 +183,21 @@ class Run:
             self.refuse(block_model.stop(str(error), next_step="run again; if it stays, look at the disk by hand"))
         except (block_write.Failed, OSError) as error:
             self.fail(str(error), next_step="see `dmesg` on the host, then run again")
+
+    def wait_for_size(self, disk: str) -> None:
+        """Wait until the disk is as large as the cloud says: a server learns of it a moment later."""
+        expected, deadline = self.params["size_gib"] << 30, time.monotonic() + self.params["wait"]
+        if not self.wanted.grow:
+            return
+        while (size := block_bytes.device_size(disk)) < expected:
+            if time.monotonic() >= deadline:
+                self.fail(
+                    f"{disk} hasn't got its new size on this host within {self.params['wait']} s",
+                    expected=f"{expected} bytes ({self.params['size_gib']} GiB)",
+                    found=f"{size} bytes",
+                    next_step="run it again; if it stays so: labctl drain, labctl volume detach, labctl up",
+                )
+            time.sleep(0.5)
 
     def look(self, disk: str, limit: int) -> Any:
         """The snapshot of a disk; a device that can't be read is a safety stop."""
@@ -199,6 +229,12 @@ class Run:
             changes.append(f"owner of {self.wanted.mount_point}: {self.params['owner']}")
         if self.new_marker(facts.marker, plan) is not None:
             changes.append(f"marker {block_model.MARKER_PATH}")
+        if plan.grow_table:
+            changes.append(f"partition {plan.number} up to byte {block_room.usable_end(facts)} of {facts.disk.path}")
+        if plan.tell_kernel:
+            changes.append(f"the kernel's idea of partition {plan.number}")
+        if plan.grow_filesystem:
+            changes.append(f"{plan.filesystem} as large as {plan.device}")
         return changes
 
     def fstab(self, plan: Any) -> str | None:
@@ -218,15 +254,22 @@ class Run:
         who = f"{block_plan.marker_identity(marker)}, last on {marker.get('last_attached_to')}" if marker else "none"
         before = [
             f"disk: {facts.disk.path}, {facts.disk.size} bytes",
-            f"content: {plan.filesystem + ' ' + plan.uuid if plan.action == block_model.USE else 'blank'}",
+            f"content: {self.content(facts, plan)}",
             f"mounted at {self.wanted.mount_point}: {facts.mount_point.source or 'nothing'}",
             f"marker: {who}",
         ]
         return "\n".join(before) + "\n", "\n".join([f"plan: {plan.action}: {plan.reason}", *changes]) + "\n"
 
+    def content(self, facts: Any, plan: Any) -> str:
+        """What is on the disk, for --diff."""
+        if not plan.usable:
+            return "blank" if not plan.resume else "the beginning of a filesystem of ours"
+        size = next(a.filesystem_size for a in block_plan.areas(facts) if a.path == plan.device)
+        return f"{plan.filesystem} {plan.uuid}" + (f", {size} bytes" if plan.grow_filesystem else "")
+
     def names(self, plan: Any) -> dict[str, str]:
         """What is known of the filesystem."""
-        if plan.action != block_model.USE:
+        if not plan.usable:
             return {}
         return {"filesystem_uuid": plan.uuid, "filesystem": plan.filesystem, "partition": plan.device}
 
@@ -238,7 +281,7 @@ class Run:
                 plan, facts, self.wanted, lambda: self.done.append(f"ext4 filesystem on {plan.device}")
             )
             facts = self.look(facts.disk.path, 0)
-            plan = block_plan.decide(facts, replace(self.wanted, format=block_model.NEVER))
+            plan = block_plan.decide(facts, replace(self.wanted, format=block_model.NEVER, grow=False))
             if plan.action != block_model.USE:
                 self.refuse(plan)
         self.result.update(self.names(plan))
@@ -264,6 +307,33 @@ class Run:
             block_write.write_marker(self.wanted.mount_point, wanted)
             self.done.append(f"marker {block_model.MARKER_PATH}")
         self.result["marker"] = wanted or dict(marker.values)
+        if plan.action == block_model.GROW:
+            self.grow(facts, plan)
+
+    def grow(self, facts: Any, plan: Any) -> None:
+        """Table, kernel, filesystem: what the plan says is left of it."""
+        if plan.grow_table:
+            block_grow.grow_table(facts, lambda: self.done.append(f"partition {plan.number} enlarged"))
+        if plan.tell_kernel:
+            block_grow.tell_kernel(facts)
+            self.done.append("told the kernel")
+        path = self.wanted.mount_point
+        try:
+            try:
+                block_grow.grow_filesystem(plan, path)
+            except block_grow.Mounted:
+                block_grow.grow_unmounted(plan, path)
+                block_write.mount(plan, self.wanted)
+        except block_grow.Mounted:
+            self.fail(
+                f"this kernel doesn't let {plan.filesystem} grow while it is mounted, and {path} is in use",
+                needs_unmount=True,
+                expected="the capability CAP_SYS_RESOURCE, which a virtual machine has, or nobody who uses the volume",
+                found="a container without it; the partition has its new size already, the filesystem the old one",
+                next_step="labctl drain, then the same command again",
+            )
+        self.done.append(f"{plan.filesystem} as large as {plan.device}")
+        self.result["note"] = f"the volume has {block_bytes.device_size(plan.device) / 2**30:.2f} GiB now"
 
     def look_again(self, plan: Any, old_fstab: str) -> Any:
         """The marker as it is after the journal's replay; another identity undoes the mount."""
@@ -324,6 +394,8 @@ def main() -> None:
             "owner": {"type": "str", "default": "root"},
             "lab": {"type": "str", "default": ""},
             "accept_marker": {"type": "str", "default": ""},
+            "grow": {"type": "bool", "default": False},
+            "size_gib": {"type": "int", "default": 0},
             "wait": {"type": "int", "default": 60},
             "read_limit_gib": {"type": "int", "default": 256},
         },

@@ -1,4 +1,4 @@
-"""Reads a device's own bytes: is it zero, is it what a mkfs left behind, what does its superblock say."""
+"""Reads a device's own bytes: is it zero, is it what a mkfs left behind."""
 
 from __future__ import annotations
 
@@ -11,43 +11,101 @@ import struct
 import tempfile
 import time
 import uuid as uuid_module
+import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ansible.module_utils.block_host import ask, device_number, read_text, sysfs
-from ansible.module_utils.block_model import Content
+from ansible.module_utils.block_model import Content, Table
+from ansible.module_utils.block_room import GPT_ENTRIES
 
 KIB = 1024
 SUPERBLOCK_END = 2048  # the primary superblock of ext4 is the second KiB, whatever the block size
 CHUNK = 4 << 20  # bytes per read: large enough for full speed, and a multiple of every sector size
 SAMPLES = 64
-EXT_MAGIC, EXT_NEEDS_RECOVERY, EXT_ERRORS = 0xEF53, 0x4, 0x2  # linux/fs/ext4/ext4.h
+GPT_ENTRY = 128  # bytes of one entry of a GPT
 
 
-def read_content(path: str, size: int, limit: int) -> Content:
-    """Whether a device is zero: its ends, samples, then (up to `limit` bytes) all of it, to the first byte found.
+def read_content(path: str, size: int, limit: int, start: int = 0) -> Content:
+    """Whether a device is zero from `start` to `size`: its ends, samples, then all of it, to the first byte found.
 
-    Raises OSError if it can't be read.
+    More than `limit` bytes aren't read whole. `start` is a multiple of the sector size. Raises OSError if the device
+    can't be read.
     """
-    started, step = time.monotonic(), max(CHUNK, size // SAMPLES // CHUNK * CHUNK)
-    last = max(0, (size - 1) // CHUNK * CHUNK)
-    first = sorted({0, max(0, last - CHUNK), last, *range(0, size, step)})
+    started, length = time.monotonic(), max(0, size - start)
+    step = max(CHUNK, length // SAMPLES // CHUNK * CHUNK)
+    last = start + max(0, (length - 1) // CHUNK * CHUNK)
+    first = sorted({start, max(start, last - CHUNK), last, *range(start, size, step)}) if length else []
     read, zeros = 0, bytes(CHUNK)
     fd = _open_direct(path)
     try:
         with mmap.mmap(-1, CHUNK) as buffer:  # page-aligned, as O_DIRECT wants it
-            rest = range(0, size, CHUNK) if size <= limit else ()
+            rest = range(start, size, CHUNK) if length <= limit else ()
             for offset in (*first, *rest):
                 count = os.preadv(fd, [buffer], offset)
-                if count != min(CHUNK, size - offset):
+                wanted = min(CHUNK, size - offset)
+                if count < wanted:
                     raise OSError(errno.EIO, f"only {count} bytes could be read at {offset}", path)
-                read += count
-                data = buffer[:count]
-                if data != zeros[:count]:
-                    at = offset + len(data) - len(data.lstrip(b"\0"))
+                read += wanted
+                data = buffer[:wanted]
+                if data != zeros[:wanted]:
+                    at = offset + wanted - len(data.lstrip(b"\0"))
                     return Content(data_at=at, bytes_read=read, seconds=time.monotonic() - started)
     finally:
         os.close(fd)
-    return Content(proven_zero=size <= limit and size > 0, bytes_read=read, seconds=time.monotonic() - started)
+    return Content(proven_zero=0 < length <= limit, bytes_read=read, seconds=time.monotonic() - started)
+
+
+def read_behind(path: str, start: int, size: int, limit: int, table: Table) -> Content:
+    """Whether a disk is zero from `start` to its end but for backups of its own GPT.
+
+    Extending a volume leaves one in the middle of it, and a run that was cut off may have written one at the new end.
+    """
+    at, read = start, 0
+    while at < size:
+        content = read_content(path, size, limit, at)
+        read += content.bytes_read
+        if content.data_at is None:
+            return replace(content, bytes_read=read)
+        copy = content.data_at // table.sector * table.sector
+        end = end_of_backup(path, copy, table)
+        if not end:
+            return replace(content, bytes_read=read)
+        between = read_content(path, copy, limit, at) if copy > at else Content(proven_zero=True)
+        if not between.proven_zero:  # samples are read out of order: something may lie before what they found
+            return between
+        at = end
+    return Content(proven_zero=True, bytes_read=read)
+
+
+def end_of_backup(path: str, start: int, table: Table) -> int:
+    """Where a backup of this very GPT ends that begins at `start` (an array of entries, then the header); else 0."""
+    if table.kind != "gpt" or len(table.extents) != 1:
+        return 0
+    sector, only = table.sector, table.extents[0]
+    with open(path, "rb") as device:
+        device.seek(start)
+        entries = device.read(GPT_ENTRIES)
+        header = device.read(sector)
+    if len(header) < sector or header[:8] != b"EFI PART":
+        return 0
+    (size,) = struct.unpack_from("<I", header, 12)
+    checksum, own, array, count, entry_size, array_sum = (
+        *struct.unpack_from("<I", header, 16), *struct.unpack_from("<Q", header, 24),
+        *struct.unpack_from("<Q", header, 72), *struct.unpack_from("<III", header, 80),
+    )  # fmt: skip
+    plain = header[:16] + bytes(4) + header[20:size] if 92 <= size <= sector else b""
+    first, begin = entries[:GPT_ENTRY], struct.unpack_from("<Q", entries, 32)[0]
+    same = (
+        zlib.crc32(plain) == checksum
+        and zlib.crc32(entries) == array_sum
+        and (own * sector, array * sector, count * entry_size) == (start + GPT_ENTRIES, start, GPT_ENTRIES)
+        and str(uuid_module.UUID(bytes_le=header[56:72])) == table.guid
+        and str(uuid_module.UUID(bytes_le=first[16:32])) == table.uuids.get(only.number)
+        and begin * sector == only.start
+        and not entries[GPT_ENTRY:].strip(b"\0")
+    )
+    return start + GPT_ENTRIES + sector if same else 0
 
 
 @contextlib.contextmanager
@@ -129,13 +187,3 @@ def _open_direct(path: str) -> int:
         if error.errno != errno.EINVAL:
             raise
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-
-def ext_state(path: str) -> tuple[bool, bool]:
-    """(journal needs replay, errors were recorded) of an ext2/3/4 superblock."""
-    with open(path, "rb") as device:
-        device.seek(1024)
-        block = device.read(1024)
-    magic, state = struct.unpack_from("<HH", block, 56)
-    (incompat,) = struct.unpack_from("<I", block, 96)
-    return magic == EXT_MAGIC and bool(incompat & EXT_NEEDS_RECOVERY), magic == EXT_MAGIC and bool(state & EXT_ERRORS)

@@ -15,10 +15,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ansible.module_utils.block_bytes import device_size, ext_state, read_content, unfinished
+from ansible.module_utils import block_room
+from ansible.module_utils.block_bytes import device_size, read_behind, read_content, unfinished
 from ansible.module_utils.block_host import (
     ask,
     device_number,
+    installed,
     kernel_path,
     mounts,
     plain,
@@ -39,6 +41,7 @@ from ansible.module_utils.block_model import (
     Wanted,
 )
 from ansible.module_utils.block_plan import content_wanted, partition_name
+from ansible.module_utils.block_superblock import ext_state, filesystem_size
 
 MARKER_LIMIT = 1 << 20  # bytes
 # Mounted like this nothing is written, not even a journal's replay.
@@ -84,7 +87,7 @@ def snapshot(disk_path: str, wanted: Wanted, read_limit: int) -> Facts:
     areas = (disk, *(p.area for p in partitions))
     mount_point = read_mount_point(wanted.mount_point, {device_number(a.path) for a in areas}, areas)
     filesystems = [a for a in areas if a.usage == "filesystem" and a.uuid]
-    return Facts(
+    facts = Facts(
         disk=disk,
         serial=serial_of(disk_path),
         root_disk=number in root_disks(),
@@ -95,6 +98,19 @@ def snapshot(disk_path: str, wanted: Wanted, read_limit: int) -> Facts:
         marker=read_marker(filesystems[0], mount_point, wanted) if len(filesystems) == 1 else Marker(),
         same_uuid=same_uuid(filesystems[0]) if len(filesystems) == 1 else (),
     )
+    return read_room(facts, filesystems[0], read_limit) if wanted.grow and len(filesystems) == 1 else facts
+
+
+def read_room(facts: Facts, filesystem: Area, read_limit: int) -> Facts:
+    """The facts with what growing needs to know."""
+    tools = ["sfdisk", "partx", block_room.TOOLS[filesystem.kind]] if filesystem.kind in block_room.TOOLS else []
+    facts = replace(facts, missing_tool=next((tool for tool in tools if not installed(tool)), ""))
+    if not block_room.has_room(facts):
+        return facts
+    sector = facts.table.sector
+    start = -(-block_room.behind(facts) // sector) * sector
+    content = read_behind(facts.disk.path, start, facts.disk.size, read_limit, facts.table)
+    return replace(facts, behind=content)
 
 
 def read_partition(home: str, table: Table, wanted: Wanted, read_limit: int) -> Partition:
@@ -118,6 +134,7 @@ def read_area(path: str, held: bool = False) -> Area:
         unknown.append(f"blkid {path}: {probe.words}")
     tags = dict(line.split("=", 1) for line in probe.out.splitlines() if "=" in line)
     wiped = ask("wipefs", "--no-act", "--json", path)
+    kind, mounted_at = tags.get("TYPE", ""), tuple(m.target for m in mounts() if m.number == device_number(path))
     signatures: list[tuple[int, str]] = []
     try:
         if wiped.rc:
@@ -128,9 +145,10 @@ def read_area(path: str, held: bool = False) -> Area:
         unknown.append(f"wipefs {path}: {error}")
     number = device_number(path)
     home = sysfs(number)
-    size = 0
+    size = spans = 0
     try:
         size = device_size(path)
+        spans = filesystem_size(path, kind, mounted_at[0] if mounted_at else "") if kind else 0
         busy = not held and exclusive_refused(path)
     except OSError as error:
         busy = False
@@ -138,17 +156,18 @@ def read_area(path: str, held: bool = False) -> Area:
     return Area(
         path=path,
         size=size,
-        kind=tags.get("TYPE", ""),
+        kind=kind,
         usage=tags.get("USAGE", ""),
         uuid=tags.get("UUID", ""),
         table=tags.get("PTTYPE", ""),
         signatures=tuple(sorted(signatures)),
         ambivalent=probe.rc == 8,
         holders=tuple(sorted(os.listdir(f"{home}/holders"))) if os.path.isdir(f"{home}/holders") else (),
-        mounted_at=tuple(m.target for m in mounts() if m.number == number),
+        mounted_at=mounted_at,
         swap=any(device_number(line.split()[0]) == number for line in read_text("/proc/swaps").splitlines()[1:]),
         busy=busy,
         read_only=read_text(f"{home}/ro") == "1",
+        filesystem_size=spans,
         unknown=tuple(unknown),
     )
 
@@ -185,6 +204,7 @@ def read_table(path: str) -> Table:
     return Table(
         kind=str(table.get("label", "")),
         guid=str(table.get("id", "")).lower(),
+        sector=unit,
         extents=tuple(sorted(extents, key=lambda e: e.number)),
         names=names,
         uuids=uuids,

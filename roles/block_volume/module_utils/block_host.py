@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 from collections.abc import Mapping
@@ -28,13 +29,21 @@ class Answer:
         return (self.err.strip() or self.out.strip() or f"exit {self.rc}").splitlines()[-1]
 
 
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def installed(tool: str) -> bool:
+    """Whether a program is there."""
+    return shutil.which(tool, path=PATH) is not None
+
+
 def ask(*cmd: str, data: str | None = None, detached: bool = False, env: Mapping[str, str] | None = None) -> Answer:
     """Run a tool in the C locale. `detached`: it survives a hang-up of the connection that started it."""
     whole_env = {
         **os.environ,
         **(env or {}),
         "LC_ALL": "C",
-        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "PATH": PATH,
     }
     source: dict[str, Any] = {"stdin": subprocess.DEVNULL} if data is None else {"input": data}
     try:

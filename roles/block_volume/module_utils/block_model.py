@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-USE, INITIALISE, STOP = "use", "initialise", "stop"
+USE, INITIALISE, GROW, STOP = "use", "initialise", "grow", "stop"
 WHEN_BLANK, NEVER = "when_blank", "never"
 LAYOUT_VERSION = 1
 MARKER_PATH = ".labctl/volume.json"
@@ -44,6 +44,7 @@ class Area:
     busy: bool = False  # O_EXCL was refused
     read_only: bool = False
     content: Content = Content()
+    filesystem_size: int = 0  # by its superblock; 0: not known
     unknown: tuple[str, ...] = ()  # tools that failed or are missing, in their own words
 
 
@@ -54,6 +55,11 @@ class Extent:
     number: int
     start: int
     size: int
+
+    @property
+    def end(self) -> int:
+        """The first byte behind it."""
+        return self.start + self.size
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ class Table:
 
     kind: str = ""
     guid: str = ""
+    sector: int = 512
     extents: tuple[Extent, ...] = ()
     names: Mapping[int, str] = field(default_factory=dict)
     uuids: Mapping[int, str] = field(default_factory=dict)  # PARTUUIDs, lower case
@@ -111,6 +118,8 @@ class Facts:
     mount_point: MountPoint = MountPoint()
     marker: Marker = Marker()
     same_uuid: tuple[str, ...] = ()  # other devices that hold a filesystem of the same UUID
+    behind: Content = Content()  # what lies behind the partition (or the filesystem), but for backups of its own GPT
+    missing_tool: str = ""  # the program that would grow the filesystem, where it isn't installed
 
 
 @dataclass(frozen=True)
@@ -122,6 +131,7 @@ class Wanted:
     lab: str = ""
     format: str = WHEN_BLANK
     accept_marker: str = ""
+    grow: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,8 @@ class Plan:
 
     `number` is the partition's number, 0 for a filesystem on the whole disk. `resume`: the table is there already.
     `adopt`: the filesystem has no marker yet. `accepted`: the marker of another identity is replaced on purpose.
+    `grow_table`, `tell_kernel`, `grow_filesystem`: the steps of a `grow`, in that order; an interrupted one has
+    fewer left. `note`: what a person may want to know of a plan that goes on.
     """
 
     action: str
@@ -141,9 +153,18 @@ class Plan:
     resume: bool = False
     adopt: bool = False
     accepted: bool = False
+    grow_table: bool = False
+    tell_kernel: bool = False
+    grow_filesystem: bool = False
+    note: str = ""
     expected: str = ""
     found: str = ""
     next_step: str = ""
+
+    @property
+    def usable(self) -> bool:
+        """Whether there is a filesystem to mount as it is."""
+        return self.action in (USE, GROW)
 
 
 def stop(reason: str, expected: str = "", found: str = "", next_step: str = "") -> Plan:

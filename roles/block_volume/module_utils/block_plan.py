@@ -5,16 +5,19 @@
 - use         the volume holds one filesystem that is ours, or nobody's yet: mount it as it is
 - initialise  every byte was read and is zero (or all that isn't is the table that an earlier run of ours
               wrote before it was cut off): partition it, make a filesystem, mount
+- grow        like use, and the volume has room behind it, and it was asked for: what of growing is still to do
 - stop        anything else; nothing may be written. Unknown counts as data.
 """
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from ansible.module_utils import block_room
 from ansible.module_utils.block_model import (
     INITIALISE,
     LAYOUT_VERSION,
@@ -87,7 +90,8 @@ def decide(facts: Facts, wanted: Wanted) -> Plan:
             return refusal
     plan = _content(facts, wanted)
     if plan.action == USE:
-        return _usable(facts, plan) or identity(facts.marker, wanted, plan)
+        plan = _usable(facts, plan) or identity(facts.marker, wanted, plan)
+        return block_room.grow(facts, wanted, plan) if plan.action == USE else plan
     if plan.action == INITIALISE:
         return _writable(facts, plan) or plan
     return plan
@@ -127,6 +131,15 @@ def _device(facts: Facts, wanted: Wanted) -> Plan | None:
     if not facts.whole_disk or disk.size == 0:
         found = "a partition" if not facts.whole_disk else "0 bytes"
         return stop(f"{disk.path} isn't a disk to use", "a whole disk", found, "name the disk in block_volume_device")
+    if facts.serial and wanted.volume_id and wanted.volume_id[:20] not in facts.serial:
+        accept = f"serial:{facts.serial}"
+        if accept not in accepted(wanted):
+            return stop(
+                f"{disk.path} isn't the disk of this volume: its serial is another's",
+                expected=f"volume {wanted.volume_id}, serial {wanted.volume_id[:20]}",
+                found=f"serial {facts.serial}",
+                next_step=_accept_command("attach the right volume", accept),
+            )
     unknown = [text for area in areas(facts) for text in area.unknown]
     if unknown:
         return stop(
@@ -206,8 +219,15 @@ def _table(facts: Facts) -> Plan | None:
             found="the backup only",
             next_step=f"restore it with `gdisk {disk.path}` (r, b, w) after a snapshot of the volume",
         )
+    if any(extent.end > disk.size for extent in table.extents):
+        return stop(
+            f"{disk.path} is smaller than its partition: its end is missing",
+            expected=f"at least {max(e.end for e in table.extents)} bytes",
+            found=f"{disk.size} bytes",
+            next_step="attach the volume in its full size; nothing can be read of what is missing",
+        )
     kernel = sorted((p.extent for p in facts.partitions), key=lambda e: e.number)
-    if list(table.extents) != kernel:
+    if list(table.extents) != kernel and not _enlarged(facts):
         return stop(
             f"the kernel and the table on {disk.path} disagree about its partitions",
             expected=_extents(table.extents),
@@ -218,6 +238,15 @@ def _table(facts: Facts) -> Plan | None:
         found = f"{len(facts.partitions) or 'no'} partitions"
         return stop(f"{disk.path} has {found}", "one partition with a filesystem, or a blank disk", found, ADVICE)
     return None
+
+
+def _enlarged(facts: Facts) -> bool:
+    """Whether the table differs only by a larger end of a partition with a filesystem: growing was cut off there."""
+    if len(facts.partitions) != 1 or len(facts.table.extents) != 1:
+        return False
+    disk, kernel, area = facts.table.extents[0], facts.partitions[0].extent, facts.partitions[0].area
+    same_start = (disk.number, disk.start) == (kernel.number, kernel.start)
+    return same_start and kernel.size < disk.size and area.usage == "filesystem"
 
 
 def _only_partition(facts: Facts, wanted: Wanted) -> Plan:
@@ -262,6 +291,13 @@ def _filesystem(area: Area, number: int) -> Plan:
     if not area.uuid:
         advice = "give it one with the filesystem's own tool"
         return stop(f"the {area.kind} on {area.path} has no UUID to mount it by", "a UUID", "none", advice)
+    if area.filesystem_size > area.size:
+        return stop(
+            f"{area.path} is smaller than its filesystem: its end is missing",
+            expected=f"at least {area.filesystem_size} bytes",
+            found=f"{area.size} bytes",
+            next_step="attach the volume in its full size; nothing can be read of what is missing",
+        )
     return Plan(USE, f"{area.path} holds {area.kind}: mounted as it is", area.path, number, area.kind, area.uuid)
 
 
@@ -385,14 +421,24 @@ def identity(marker: Marker, wanted: Wanted, plan: Plan) -> Plan:
     if not differs:
         return plan
     accept = marker_identity(values)
-    if wanted.accept_marker == accept:
+    if accept in accepted(wanted):
         return replace(plan, accepted=True)
     return stop(
         f"the volume {' and '.join(MISMATCH[key] for key in differs)}",
         expected=_identities(expected),
         found=_identities({key: str(values.get(key, "")) for key in expected}),
-        next_step=f"attach the right volume; to take this one over on purpose: block_volume_accept_marker={accept}",
+        next_step=_accept_command("attach the right volume", accept),
     )
+
+
+def accepted(wanted: Wanted) -> list[str]:
+    """The identities that are taken over on purpose."""
+    return [text for text in wanted.accept_marker.split(",") if text]
+
+
+def _accept_command(instead: str, name: str) -> str:
+    command = f"labctl converge --accept-volume {shlex.quote(name)}"
+    return f"{instead}; to take this one over on purpose: {command} (plain Ansible: block_volume_accept_marker)"
 
 
 MISMATCH = {

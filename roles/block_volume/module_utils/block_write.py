@@ -15,7 +15,6 @@ from typing import Any
 
 from ansible.module_utils.block_bytes import (
     SUPERBLOCK_END,
-    ext_state,
     new_filesystem,
     read_content,
     time_uuid,
@@ -25,6 +24,7 @@ from ansible.module_utils.block_facts import exclusive_refused, read_area, read_
 from ansible.module_utils.block_host import Answer, ask, kernel_path, mounts, read_text, serial_of, sysfs
 from ansible.module_utils.block_model import LAYOUT_VERSION, Area, Facts, Plan, Wanted
 from ansible.module_utils.block_plan import is_uuid, partition_name
+from ansible.module_utils.block_superblock import ext_state
 
 ENDS = 4 << 20  # bytes of head and tail that are read once more right before the table is written
 NODE_SECONDS = 30
