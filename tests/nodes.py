@@ -172,6 +172,14 @@ def detach(name: str, volume: str) -> str:
     return str(entry["file"])
 
 
+def extend(name: str, volume: str, gib: float) -> None:
+    """Make a plugged volume larger, which the node sees at once, as the Nova driver does. Smaller works, too."""
+    entry = next(v for v in inspect(name)["volumes"] if v["id"] == volume)
+    with Path(entry["file"]).open("ab") as file:
+        file.truncate(int(gib * GIB))
+    run("losetup", "--set-capacity", entry["loop"])
+
+
 def reboot(name: str, kill: bool = False) -> dict[str, Any]:
     """Restart the node (`kill`: without a shutdown, as a power cut) with its volumes attached."""
     stop(name, kill)

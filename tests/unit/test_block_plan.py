@@ -182,6 +182,7 @@ NOT_GROWN = [
         extended(replace(TABLE, extents=(EXTENT, Extent(2, 3 * GIB, 5)))), "disagree"),
     ("a disk that shrank", on_disk(size=GIB), "smaller than its partition"),
     ("a filesystem that can't be grown while it is mounted", extended(area=replace(EXT4, kind="ext2")), "ext2"),
+    ("sectors of 4096 bytes", extended(replace(TABLE, sector=4096)), "sectors"),
     ("a filesystem of unknown size", extended(area=replace(EXT4, filesystem_size=0)), "how large"),
     ("no tool to grow it", extended(missing_tool="xfs_growfs"), "xfs_growfs"),
     ("a read-only volume", extended(area=replace(EXT4, read_only=True)), "read-only"),
@@ -291,10 +292,14 @@ def test_a_run_cut_off_before_or_in_mkfs_is_finished(content: Content) -> None:
     assert (plan.action, plan.device, plan.resume) == (INITIALISE, "/dev/vdb1", True)
 
 
-def test_unfinished_count_only_under_our_own_table() -> None:
+def test_a_run_cut_off_in_its_table_is_finished() -> None:
+    plan = decide(blank(content=replace(DATA, unfinished=True)), WANTED)
+    assert (plan.action, plan.device, plan.resume) == (INITIALISE, "/dev/vdb", True)
+
+
+def test_an_unfinished_filesystem_counts_only_under_our_own_table() -> None:
     content = replace(DATA, unfinished=True)
     assert decide(partitioned(Area("/dev/vdb1", GIB, content=content)), WANTED).action == STOP
-    assert decide(blank(content=content), WANTED).action == STOP
 
 
 def test_an_unmarked_volume_is_adopted_and_a_marked_one_isnt() -> None:

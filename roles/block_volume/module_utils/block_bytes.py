@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ansible.module_utils.block_host import ask, device_number, read_text, sysfs
+from ansible.module_utils.block_host import ask, sector_size
 from ansible.module_utils.block_model import Content, Table
 from ansible.module_utils.block_room import GPT_ENTRIES
 
@@ -82,30 +82,36 @@ def end_of_backup(path: str, start: int, table: Table) -> int:
     """Where a backup of this very GPT ends that begins at `start` (an array of entries, then the header); else 0."""
     if table.kind != "gpt" or len(table.extents) != 1:
         return 0
-    sector, only = table.sector, table.extents[0]
+    end, only = start + GPT_ENTRIES + table.sector, table.extents[0]
     with open(path, "rb") as device:
         device.seek(start)
-        entries = device.read(GPT_ENTRIES)
-        header = device.read(sector)
-    if len(header) < sector or header[:8] != b"EFI PART":
+        entries, header = device.read(GPT_ENTRIES), device.read(table.sector)
+    if len(header) < table.sector:
         return 0
-    (size,) = struct.unpack_from("<I", header, 12)
-    checksum, own, array, count, entry_size, array_sum = (
-        *struct.unpack_from("<I", header, 16), *struct.unpack_from("<Q", header, 24),
-        *struct.unpack_from("<Q", header, 72), *struct.unpack_from("<III", header, 80),
-    )  # fmt: skip
-    plain = header[:16] + bytes(4) + header[20:size] if 92 <= size <= sector else b""
-    first, begin = entries[:GPT_ENTRY], struct.unpack_from("<Q", entries, 32)[0]
-    same = (
-        zlib.crc32(plain) == checksum
-        and zlib.crc32(entries) == array_sum
-        and (own * sector, array * sector, count * entry_size) == (start + GPT_ENTRIES, start, GPT_ENTRIES)
-        and str(uuid_module.UUID(bytes_le=header[56:72])) == table.guid
-        and str(uuid_module.UUID(bytes_le=first[16:32])) == table.uuids.get(only.number)
-        and begin * sector == only.start
+    ours = (
+        str(uuid_module.UUID(bytes_le=entries[16:32])) == table.uuids.get(only.number)
+        and struct.unpack_from("<Q", entries, 32)[0] * table.sector == only.start
         and not entries[GPT_ENTRY:].strip(b"\0")
     )
-    return start + GPT_ENTRIES + sector if same else 0
+    # a run that is cut off at this moment leaves the array at the disk's end, and no header yet
+    begun = end == device_size(path) and not header.strip(b"\0")
+    return end if ours and (begun or _is_header_of(header, entries, start, table)) else 0
+
+
+def _is_header_of(header: bytes, entries: bytes, start: int, table: Table) -> bool:
+    """Whether a sector is the intact header of the array before it, and of this GPT (UEFI 2.10, 5.3.2)."""
+    size, checksum = struct.unpack_from("<II", header, 12)
+    own, guid = struct.unpack_from("<Q", header, 24)[0], header[56:72]
+    array, count, entry_size, array_sum = struct.unpack_from("<QIII", header, 72)
+    return (
+        header.startswith(b"EFI PART")
+        and 92 <= size <= table.sector
+        and zlib.crc32(header[:16] + bytes(4) + header[20:size]) == checksum
+        and zlib.crc32(entries) == array_sum
+        and (array * table.sector, own * table.sector) == (start, start + GPT_ENTRIES)
+        and count * entry_size == GPT_ENTRIES
+        and str(uuid_module.UUID(bytes_le=guid)) == table.guid
+    )
 
 
 @contextlib.contextmanager
@@ -115,9 +121,7 @@ def new_filesystem(partition: str, uuid: str) -> Iterator[str]:
     Size, UUID and the time in the UUID decide every byte of it, so a run that was cut off can be told from data.
     Raises OSError if mkfs fails.
     """
-    home = sysfs(device_number(partition))
-    sector = read_text(f"{home}/../queue/logical_block_size") or read_text(f"{home}/queue/logical_block_size")
-    blocks = ["-b", "4096"] if int(sector or 512) > 1024 else []
+    blocks = ["-b", "4096"] if sector_size(partition) > 1024 else []
     with tempfile.TemporaryDirectory(prefix="labctl-mkfs-", dir="/var/tmp") as place:
         image = os.path.join(place, "image")
         with open(image, "wb") as file:

@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from ansible.module_utils import block_room
 from ansible.module_utils.block_bytes import device_size, read_behind, read_content, unfinished
@@ -42,6 +41,7 @@ from ansible.module_utils.block_model import (
 )
 from ansible.module_utils.block_plan import content_wanted, partition_name
 from ansible.module_utils.block_superblock import ext_state, filesystem_size
+from ansible.module_utils.block_table import half_written, read_table
 
 MARKER_LIMIT = 1 << 20  # bytes
 # Mounted like this nothing is written, not even a journal's replay.
@@ -83,7 +83,10 @@ def snapshot(disk_path: str, wanted: Wanted, read_limit: int) -> Facts:
         if os.path.exists(f"{home}/{child}/partition")
     ]
     if content_wanted(disk, bool(partitions)):
-        disk = replace(disk, content=read_content(disk_path, disk.size, read_limit))
+        content = read_content(disk_path, disk.size, read_limit)
+        if content.data_at is not None:
+            content = replace(content, unfinished=bool(half_written(disk_path, wanted, read_limit)))
+        disk = replace(disk, content=content)
     areas = (disk, *(p.area for p in partitions))
     mount_point = read_mount_point(wanted.mount_point, {device_number(a.path) for a in areas}, areas)
     filesystems = [a for a in areas if a.usage == "filesystem" and a.uuid]
@@ -185,31 +188,6 @@ def exclusive_refused(path: str) -> bool:
             return True
         time.sleep(0.2)
     return True
-
-
-def read_table(path: str) -> Table:
-    """The partition table as it is on the disk; an empty one if sfdisk can't read it."""
-    answer = ask("sfdisk", "--json", path)
-    try:
-        table: dict[str, Any] = json.loads(answer.out)["partitiontable"] if answer.rc == 0 else {}
-    except (ValueError, KeyError):
-        table = {}
-    unit, extents, names, uuids = int(table.get("sectorsize", 512)), [], {}, {}
-    for row in table.get("partitions", []):
-        digits = re.search(r"(\d+)$", str(row["node"]))
-        number = int(digits.group(1)) if digits else 0
-        extents.append(Extent(number, int(row["start"]) * unit, int(row["size"]) * unit))
-        names[number] = str(row.get("name", ""))
-        uuids[number] = str(row.get("uuid", "")).lower()
-    return Table(
-        kind=str(table.get("label", "")),
-        guid=str(table.get("id", "")).lower(),
-        sector=unit,
-        extents=tuple(sorted(extents, key=lambda e: e.number)),
-        names=names,
-        uuids=uuids,
-        warnings=tuple(line.strip() for line in answer.err.splitlines() if line.strip()),
-    )
 
 
 # -- mounts, marker -----------------------------------------------------------------------------------

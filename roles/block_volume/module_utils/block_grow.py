@@ -9,11 +9,9 @@ import fcntl
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
-from ansible.module_utils import block_room, block_unmount
+from ansible.module_utils import block_room, block_table, block_unmount
 from ansible.module_utils.block_bytes import read_behind
-from ansible.module_utils.block_facts import read_table
 from ansible.module_utils.block_host import ask, device_number, mounts, read_text, sysfs
 from ansible.module_utils.block_model import Extent, Facts, Plan
 from ansible.module_utils.block_write import NODE_SECONDS, Failed, Refused, must
@@ -25,32 +23,23 @@ class Mounted(Exception):
 
 def grow_table(facts: Facts, first_write: Callable[[], None]) -> None:
     """The partition up to the disk's end; its start, UUID and name stay, and a GPT's backup moves to the end."""
-    disk, only = facts.disk.path, facts.table.extents[0]
-    with open(disk, "rb") as device:
-        fcntl.flock(device, fcntl.LOCK_EX)  # udev leaves a locked disk alone
-        if read_table(disk) != facts.table or os.lseek(device.fileno(), 0, os.SEEK_END) != facts.disk.size:
+    disk = facts.disk.path
+    fd = os.open(disk, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)  # udev leaves a locked disk alone
+        if block_table.read_table(disk) != facts.table or os.lseek(fd, 0, os.SEEK_END) != facts.disk.size:
             raise Refused(f"{disk} isn't any more what was looked at")
-        start = block_room.behind(facts)
-        if read_behind(disk, start, facts.disk.size, 0, facts.table).data_at is not None:
+        if read_behind(disk, block_room.behind(facts), facts.disk.size, 0, facts.table).data_at is not None:
             raise Refused(f"{disk} isn't free any more behind its partition")
-        first_write()
-        answer = ask(
-            "sfdisk", "--quiet", "--wipe", "never", "--wipe-partitions", "never", "--no-reread", "--no-tell-kernel",
-            "-N", str(only.number), disk, data=",+\n", detached=True,
-        )  # fmt: skip
-        must(answer, f"sfdisk {disk}")
-        now = read_table(disk)
-        os.fsync(device.fileno())
-    kept = replace(facts.table, extents=now.extents, warnings=now.warnings)
-    grown = len(now.extents) == 1 and now.extents[0].start == only.start and now.extents[0].size > only.size
-    if now != kept or not grown:
-        raise Failed(f"sfdisk left {now} on {disk} instead of a larger partition {only.number}")
+        block_table.write_grown(fd, facts, first_write)
+    finally:
+        os.close(fd)
 
 
 def tell_kernel(facts: Facts) -> None:
     """The kernel's idea of the partition as the table has it; works while it is mounted."""
     disk = facts.disk.path
-    wanted, deadline = read_table(disk).extents[0], time.monotonic() + NODE_SECONDS
+    wanted, deadline = block_table.read_table(disk).extents[0], time.monotonic() + NODE_SECONDS
     while kernel_extent(disk, wanted.number) != wanted:
         answer = ask("partx", "--update", "--nr", str(wanted.number), disk)
         if time.monotonic() > deadline:

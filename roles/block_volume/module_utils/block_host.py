@@ -123,6 +123,13 @@ def sysfs(number: int) -> str:
     return os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
 
 
+def sector_size(path: str) -> int:
+    """Bytes of the logical sector of a disk, or of a partition's disk; 512 for a file."""
+    home = sysfs(device_number(path))
+    text = read_text(f"{home}/../queue/logical_block_size") or read_text(f"{home}/queue/logical_block_size")
+    return int(text or 512)
+
+
 def serial_of(path: str) -> str:
     """The serial number of a disk, "" if it has none."""
     return disk_serials().get(path, "")

@@ -23,7 +23,7 @@ class Content:
     data_at: int | None = None  # the first byte found that isn't zero
     bytes_read: int = 0
     seconds: float = 0.0
-    unfinished: bool = False  # not zero, but all of it belongs to the filesystem that our table announces
+    unfinished: bool = False  # not zero, but all of it belongs to our table, or to the filesystem that it announces
 
 
 @dataclass(frozen=True)

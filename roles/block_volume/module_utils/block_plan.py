@@ -197,7 +197,7 @@ def _content(facts: Facts, wanted: Wanted) -> Plan:
         )
     if disk.kind or disk.usage or disk.signatures:
         return _filesystem(disk, 0)
-    return _blank(disk, wanted, resume=False)
+    return _blank(disk, wanted, resume=disk.content.unfinished)
 
 
 def _contradiction(area: Area) -> Plan:
@@ -332,7 +332,7 @@ def _blank(area: Area, wanted: Wanted, resume: bool) -> Plan:
             found=_bytes_found(content),
             next_step=f"set block_volume_read_limit_gib: {limit} (takes about {_minutes(area)} minutes, once)",
         )
-    how = "the run that partitioned it was cut off" if resume else "every byte of it is zero"
+    how = "the run that began to partition or format it was cut off" if resume else "every byte of it is zero"
     return Plan(INITIALISE, f"{area.path}: {how}", area.path, 1, "ext4", resume=resume)
 
 

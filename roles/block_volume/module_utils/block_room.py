@@ -79,6 +79,13 @@ def _refusal(facts: Facts, plan: Plan, room: bool, filesystem_size: int) -> Plan
             found="an unknown size",
             next_step="grow it by hand after a snapshot of the volume",
         )
+    if facts.table.extents and facts.table.sector != 512:
+        return stop(
+            f"{facts.disk.path} has sectors of {facts.table.sector} bytes: its table isn't enlarged by labctl",
+            expected="sectors of 512 bytes",
+            found=str(facts.table.sector),
+            next_step=f"after a snapshot of the volume: `echo ,+ | sfdisk --no-reread -N 1 {facts.disk.path}`",
+        )
     return _not_free(facts) if room else None
 
 

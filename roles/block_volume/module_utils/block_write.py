@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ansible.module_utils import block_table
 from ansible.module_utils.block_bytes import (
     SUPERBLOCK_END,
     new_filesystem,
@@ -20,31 +21,19 @@ from ansible.module_utils.block_bytes import (
     time_uuid,
     unfinished,
 )
-from ansible.module_utils.block_facts import exclusive_refused, read_area, read_table
-from ansible.module_utils.block_host import Answer, ask, kernel_path, mounts, read_text, serial_of, sysfs
+from ansible.module_utils.block_facts import exclusive_refused, read_area
+from ansible.module_utils.block_host import ask, kernel_path, mounts, read_text, serial_of, sysfs
 from ansible.module_utils.block_model import LAYOUT_VERSION, Area, Facts, Plan, Wanted
-from ansible.module_utils.block_plan import is_uuid, partition_name
 from ansible.module_utils.block_superblock import ext_state
+from ansible.module_utils.block_table import Failed, must, read_table, write_all
 
 ENDS = 4 << 20  # bytes of head and tail that are read once more right before the table is written
 NODE_SECONDS = 30
-LINUX_DATA = "0FC63DAF-8483-4772-8E79-3D69D8477DE4"  # the GPT type that parted and sfdisk give an ext4 partition
 MOUNT_OPTIONS = "defaults,nofail,x-systemd.device-timeout=30s"
 
 
 class Refused(Exception):
     """A second look found something that the plan didn't know of: nothing (more) was written."""
-
-
-class Failed(Exception):
-    """A tool failed; the message has its words."""
-
-
-def must(answer: Answer, what: str) -> str:
-    """The output of a tool that has to succeed."""
-    if answer.rc:
-        raise Failed(f"{what} failed: {answer.words}")
-    return str(answer.out)
 
 
 # -- partition table and filesystem -------------------------------------------------------------------
@@ -70,27 +59,37 @@ def initialise(plan: Plan, facts: Facts, wanted: Wanted, first_write: Callable[[
 
     `first_write` is called when the last check has passed, right before the disk is changed.
     """
-    if not plan.resume:
-        with held(facts.disk.path) as fd:
-            still_blank(fd, facts)
+    disk, in_partition = facts.disk.path, plan.device != facts.disk.path
+    if not in_partition:
+        with held(disk) as fd:
+            same_disk(fd, facts)
+            still_nothing(read_area(disk, held=True))
+            uuid = block_table.half_written(disk, wanted, facts.disk.size) if plan.resume else time_uuid()
+            if not uuid:
+                raise Refused(f"{disk} holds more than an unfinished table of labctl's")
+            if not plan.resume:
+                still_blank(fd, facts)
             first_write()
-            write_table(facts.disk.path, wanted)
+            block_table.write_new(fd, disk, wanted, uuid)
             os.fsync(fd)
-    partition = wait_for_partition(facts.disk.path)
-    make_filesystem(partition, read_table(facts.disk.path).uuids.get(1, ""), plan.resume, first_write)
+    partition = wait_for_partition(disk)
+    make_filesystem(partition, read_table(disk).uuids.get(1, ""), in_partition, first_write)
 
 
-def still_blank(fd: int, facts: Facts) -> None:
-    """The disk behind the held descriptor is the one that was judged, and its ends and signatures are still as then."""
+def same_disk(fd: int, facts: Facts) -> None:
+    """Raises Refused unless the disk behind the held descriptor is the one that was judged."""
     disk = facts.disk
     if os.fstat(fd).st_rdev != os.stat(disk.path).st_rdev or serial_of(disk.path) != facts.serial:
         raise Refused(f"{disk.path} isn't the disk any more that was looked at")
     if os.lseek(fd, 0, os.SEEK_END) != disk.size:
         raise Refused(f"{disk.path} has changed its size")
-    still_nothing(read_area(disk.path, held=True))
-    for offset in (0, max(0, disk.size - ENDS)):
+
+
+def still_blank(fd: int, facts: Facts) -> None:
+    """Raises Refused unless the ends are still zero."""
+    for offset in (0, max(0, facts.disk.size - ENDS)):
         if os.pread(fd, ENDS, offset).strip(b"\0"):
-            raise Refused(f"{disk.path} isn't blank any more near offset {offset}")
+            raise Refused(f"{facts.disk.path} isn't blank any more near offset {offset}")
 
 
 def still_nothing(area: Area) -> None:
@@ -98,24 +97,6 @@ def still_nothing(area: Area) -> None:
     seen = area.kind or area.usage or area.table or area.signatures or area.unknown
     if seen or area.holders or area.swap or area.mounted_at:
         raise Refused(f"{area.path} isn't blank any more: {seen or 'it is in use'}")
-
-
-def write_table(disk: str, wanted: Wanted) -> None:
-    """A GPT with one partition from the first aligned sector to the last.
-
-    It announces the filesystem to come: the disk GUID is the volume's id, the partition's name says whose it is, its
-    UUID is the filesystem's. If this run is cut off, the next one can prove that what is there is ours, and finish it.
-    The kernel is told afterwards (the disk is held).
-    """
-    script = ["label: gpt"]
-    if is_uuid(wanted.volume_id):
-        script.append(f"label-id: {wanted.volume_id.upper()}")
-    script.append(f'type={LINUX_DATA}, uuid={time_uuid().upper()}, name="{partition_name(wanted)}"')
-    answer = ask(
-        "sfdisk", "--quiet", "--wipe", "never", "--wipe-partitions", "never", "--no-reread", "--no-tell-kernel", disk,
-        data="\n".join(script) + "\n", detached=True,
-    )  # fmt: skip
-    must(answer, f"sfdisk {disk}")
 
 
 def wait_for_partition(disk: str) -> str:
@@ -177,13 +158,6 @@ def parts_of(fd: int) -> Iterator[tuple[int, bytes]]:
             data = os.pread(fd, min(ENDS, end - offset), offset)
             yield offset, data
             offset += len(data)
-
-
-def write_all(fd: int, data: bytes, offset: int) -> None:
-    """Write all of `data`; the kernel may take it in pieces."""
-    while data:
-        count = os.pwrite(fd, data, offset)
-        data, offset = data[count:], offset + count
 
 
 # -- fstab and mount ----------------------------------------------------------------------------------
