@@ -231,7 +231,7 @@ def _write_private(path: Path, data: Any) -> None:
 
 
 class _Listener:
-    """Turns ansible-runner's events into steps, counts and at most one failure."""
+    """Turns ansible-runner's events into steps (of tasks that reach the host), counts and at most one failure."""
 
     def __init__(self, on_step: Callable[[Step], None]) -> None:
         self.outcome = Outcome()
@@ -247,7 +247,7 @@ class _Listener:
             case "playbook_on_play_start" if self.on_start:
                 self.on_start()  # by now the variables have been read
                 self.on_start = None
-            case "playbook_on_task_start":
+            case "playbook_on_task_start" if _action_of(data) not in LOCAL_ACTIONS:
                 self._on_step(Step(data.get("role", ""), data.get("task", "")))
             case "runner_on_ok":
                 self._ok(data)
@@ -266,13 +266,18 @@ class _Listener:
     def _ok(self, data: dict[str, Any]) -> None:
         result = data.get("res", {})
         self.outcome.ok += 1
-        if str(data.get("task_action", "")).rpartition(".")[2] not in LOCAL_ACTIONS:
+        if _action_of(data) not in LOCAL_ACTIONS:
             self.outcome.remote_tasks += 1
         if result.get("changed"):
             self.outcome.changed += 1
             role = data.get("role", "")
             self.outcome.changed_tasks.append(f"{role} : {data.get('task')}" if role else str(data.get("task")))
             self.outcome.diffs.extend(_diff_texts(result.get("diff")))
+
+
+def _action_of(data: dict[str, Any]) -> str:
+    """The name of a task's module or action, without its collection."""
+    return str(data.get("task_action", "")).rpartition(".")[2]
 
 
 def failure_of(data: dict[str, Any]) -> LabctlError:

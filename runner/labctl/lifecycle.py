@@ -60,12 +60,15 @@ def provide(ctx: Context, **metadata: str) -> tuple[Server, Volume]:
     `metadata`: what a server that is made here is tagged with besides the lab's name.
     """
     progress, cloud, lab = ctx.progress, ctx.cloud, ctx.lab
+    with progress.step("what is there"):
+        server, volume = servers.find(cloud, lab.server_name, progress.tell), volumes.find(cloud, lab.volume_name)
+        if volume is not None:
+            volumes.refuse_if_used(cloud, volume, server)
     with progress.step("SSH key and security group"):
         public_key = ssh.ensure_key(ctx.ssh_key)
         key_name = keypairs.ensure(cloud, public_key, f"labctl-{lab.lab}")
         groups = networks.ensure_groups(cloud, [ctx.security_group])
     with progress.step(f"server {lab.server_name}") as step:
-        server = servers.find(cloud, lab.server_name, step.tell)
         created = server is None
         if server is None:
             server = servers.create(
@@ -79,7 +82,7 @@ def provide(ctx: Context, **metadata: str) -> tuple[Server, Volume]:
                 metadata={META_LAB: lab.lab, **metadata},
             )
         step.result("requested" if created else f"exists, {server.status}")
-    volume = provide_volume(ctx)
+    volume = provide_volume(ctx, volume)
     with progress.step(f"container {lab.container_name}"):
         stores.ensure_container(cloud, lab.container_name, {META_LAB: lab.lab})
     with progress.step("server ACTIVE, with an address") as step:
@@ -96,11 +99,10 @@ def provide(ctx: Context, **metadata: str) -> tuple[Server, Volume]:
     return server, volume
 
 
-def provide_volume(ctx: Context) -> Volume:
-    """The lab's volume; a new one is empty, an existing one keeps its size and its data."""
+def provide_volume(ctx: Context, volume: Volume | None) -> Volume:
+    """The lab's volume, made if there was none; a new one is empty, an existing one keeps its size and its data."""
     lab = ctx.lab
     with ctx.progress.step(f"volume {lab.volume_name}") as step:
-        volume = volumes.find(ctx.cloud, lab.volume_name)
         if volume is None:
             volume = volumes.create(
                 ctx.cloud,

@@ -138,7 +138,7 @@ def attach(cloud: Cloud, server: Server, volume: Volume, tell: Tell, timeout: fl
         if now.status == "in-use" and now.attached_to == server.id:
             return now, said
         if now.status == "in-use":
-            _refuse_if_used(cloud, now)
+            refuse_if_used(cloud, now, server)
         elif now.status == "available":
             refused = _request_attachment(cloud, server, volume)
             asked.append(True)
@@ -169,11 +169,16 @@ def _request_attachment(cloud: Cloud, server: Server, volume: Volume) -> str:
     return ""
 
 
-def _refuse_if_used(cloud: Cloud, volume: Volume) -> None:
-    """Raises when another server that still exists has the volume; one that is being deleted is waited for."""
+def refuse_if_used(cloud: Cloud, volume: Volume, server: Server | None) -> None:
+    """Raises when a server other than this one has the volume; one that is gone or being deleted is no reason to.
+
+    No request for a volume that nobody has, or this server.
+    """
     from labctl.cloud import server as servers
 
-    other = servers.get(cloud, volume.attached_to) if volume.attached_to else None
+    if volume.attached_to is None or (server is not None and volume.attached_to == server.id):
+        return
+    other = servers.get(cloud, volume.attached_to)
     if other is None or other.status == "DELETING":
         return
     raise CloudRefused(
