@@ -20,6 +20,11 @@ options:
   mlflow_uid: {description: User id that MLflow runs as., type: int, default: 10001}
   start_timeout: {description: Seconds until all services must be healthy., type: int, default: 420}
   pull_timeout: {description: Seconds for pulling or building images., type: int, default: 1200}
+  upgrade_timeout: {description: Seconds for each step of an upgrade of MLflow's schema., type: int, default: 3600}
+  credentials:
+    description: What a volume that was made without labctl was made with; the tutorial's if it is empty.
+    type: dict
+    default: {}
 author: labctl
 attributes:
   check_mode: {support: full, description: Predicts.}
@@ -38,6 +43,10 @@ EXAMPLES = r"""
 RETURN = r"""
 services:
   description: What /etc/labctl/services.json says, by service (url, version, health, note).
+  type: dict
+  returned: when started
+dumps:
+  description: How many dumps from before upgrades the volume keeps (count) and their size (bytes).
   type: dict
   returned: when started
 clean_shutdown:
@@ -67,6 +76,8 @@ def main() -> None:
             "mlflow_uid": {"type": "int", "default": 10001},
             "start_timeout": {"type": "int", "default": 420},
             "pull_timeout": {"type": "int", "default": 1200},
+            "upgrade_timeout": {"type": "int", "default": 3600},
+            "credentials": {"type": "dict", "default": {}, "no_log": True},
         },
         supports_check_mode=True,
     )

@@ -6,20 +6,40 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import time
 from typing import Any
 
+from ansible.module_utils import stack_adopt as adopt
 from ansible.module_utils import stack_docker as docker
+from ansible.module_utils import stack_marker as marker
+from ansible.module_utils import stack_schema as schema
 from ansible.module_utils import stack_secrets as keys
 from ansible.module_utils import stack_volume as volume
-from ansible.module_utils.stack_plan import Plan, Stop, VolumeState, Wanted, decide
+from ansible.module_utils.stack_plan import (
+    LEAST_FREE,
+    PLAIN_FILES,
+    S3_FORMATS,
+    UPGRADE,
+    Plan,
+    Stop,
+    VolumeState,
+    Wanted,
+    decide,
+    decide_schema,
+    postgres_image,
+)
 
 UNIT = "labctl-stack.service"
 GUARD = "/usr/local/lib/labctl/stack-guard"
 UNIT_FILE = f"/etc/systemd/system/{UNIT}"
 SERVICES_FILE = "/etc/labctl/services.json"
 NOTEBOOK = "food11_demo.ipynb"
+#: What compose reads in place of .env until the database fits the image of MLflow that .env will name.
+STORES_ENVIRONMENT = "/run/labctl-stack.env"
+#: What the marker's key `stack` says once a stack has run on the volume.
+MARKED = ("postgres_major", "postgres_dir", "s3_format", "s3_dir", "mlflow_version", "mlflow_schema", "origin")
 STOP_SECONDS = 180
 #: Seconds on top of compose's own limit before the call itself is given up.
 GRACE_SECONDS = 60
@@ -44,24 +64,32 @@ class Converge:
         self.changes: list[str] = []
         self.secrets: dict[str, str] | None = None
         self.secrets_rewritten = False
+        #: The reference of each service's image; PostgreSQL's depends on the volume.
+        self.references: dict[str, str] = {}
 
     def run(self) -> dict[str, Any]:
         """The module's result; Stop, Failed or DockerFailed otherwise."""
         state = self._read_volume()
         if self.check and not state.mounted:
             return self._result("the volume isn't mounted yet", "services started on the volume")
-        images = self._images()
+        images = self._images(state)
         if images is None:
             return self._result("images are missing", "images pulled, services started")
         plan = decide(state, Wanted(self.data_dir, self._postgres_major(images), self.params["s3_flavour"]))
+        self._room(state)
+        if plan.adopt and not self._adopt(plan, state):
+            return self._result("a volume that was made without labctl", "credentials proved, services started on it")
         self._prepare(plan)
         jupyter = self._jupyter_image(images)
-        self._write(os.path.join(self.project_dir, ".env"), self._environment(plan, jupyter))
-        if not self._up_to_date(images):
-            self._up()
-        services = self._describe(plan)
+        environment = self._environment(plan, jupyter, self.secrets_dir)
+        current = self._up_to_date(images, environment)
+        upgrade = None if current or self.check else self._settle_schema(plan, images, environment)
+        self._write(os.path.join(self.project_dir, ".env"), environment)
+        if not current:
+            self._up(upgrade)
+        services = self._describe(plan, state)
         self._guard()
-        return {**self._result("", ""), "services": services}
+        return {**self._result("", ""), "services": services, "dumps": schema.dumps_size(self.data_dir)}
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -76,9 +104,22 @@ class Converge:
                 next_step="look at `dmesg` on the server, then at the volume's state in the cloud",
             ) from None
 
-    def _images(self) -> dict[str, dict[str, Any]] | None:
+    def _room(self, state: VolumeState) -> None:
+        """Failed where the volume is as good as full: PostgreSQL would stop at its next write."""
+        if state.free < LEAST_FREE:
+            raise Failed(
+                f"The volume at {self.data_dir} is full; the services can't write, and reads go on.",
+                expected=f"at least {LEAST_FREE >> 20} MiB free",
+                found=f"{state.free >> 20} MiB free of {state.size >> 20} MiB",
+                next_step="labctl volume extend, or delete runs; the services go on by themselves once there is room",
+            )
+
+    def _images(self, state: VolumeState) -> dict[str, dict[str, Any]] | None:
         """The images by reference, pulled if they were missing; None in check mode if one is missing."""
-        wanted = [ref for ref in self.params["images"].values() if ref]
+        given = {name: str(reference) for name, reference in self.params["images"].items() if reference}
+        self.references = {name: given[name] for name in docker.SERVICES if name in given}
+        self.references["postgres"] = given[postgres_image(state, given)]
+        wanted = list(self.references.values())
         found: dict[str, dict[str, Any]] = docker.inspect("image", wanted)
         missing = [ref for ref in dict.fromkeys(wanted) if ref not in found]
         if not missing:
@@ -97,7 +138,7 @@ class Converge:
         return found
 
     def _postgres_major(self, images: dict[str, dict[str, Any]]) -> str:
-        environment = images[self.params["images"]["postgres"]].get("Config", {}).get("Env") or []
+        environment = images[self.references["postgres"]].get("Config", {}).get("Env") or []
         return next((line.partition("=")[2] for line in environment if line.startswith("PG_MAJOR=")), "")
 
     def _jupyter_image(self, images: dict[str, dict[str, Any]]) -> str:
@@ -105,7 +146,7 @@ class Converge:
         given = str(self.params["images"].get("jupyter") or "")
         if given:
             return given
-        base = self.params["images"]["mlflow"]
+        base = self.references["mlflow"]
         source = os.path.join(self.project_dir, "jupyter")
         digest = hashlib.sha256(images[base]["Id"].encode())
         for name in ("Dockerfile", "requirements.txt"):
@@ -121,6 +162,31 @@ class Converge:
             if not self.check:
                 docker.build(tag, source, base, self.params["pull_timeout"])
         return tag
+
+    # -- adopting --------------------------------------------------------------------------------------------------
+
+    def _adopt(self, plan: Plan, state: VolumeState) -> bool:
+        """Prove the credentials of a volume that was made without labctl and keep them; False in check mode."""
+        values = adopt.candidate(self.params["credentials"] or {}, self.data_dir)
+        if self.check:
+            return False
+        self._refuse_others(plan)
+        self.secrets = values
+        stage = adopt.stage(values, plan, self.params["mlflow_uid"])
+        environment = os.path.join(stage, "environment")
+        docker.write_atomically(environment, self._environment(plan, self.references["mlflow"], stage), 0o600)
+        for name, uid, mode in plan.create:
+            if volume.make_folder(os.path.join(self.data_dir, name), uid, mode):
+                self.changes.append(f"{name} made")
+        adopt.prove(self.params, environment, self.references["mlflow"], values)
+        # The origin first: a run that is cut off in between proves once more, and never takes the data for labctl's.
+        marker.write(self.data_dir, {**state.stack, "origin": plan.origin})
+        if volume.make_folder(self.secrets_dir, 0, 0o700):
+            self.changes.append(f"{self.secrets_dir} made")
+        keys.write(self.secrets_dir, keys.FILE, json.dumps(values, indent=1) + "\n", 0, 0o600)
+        self.changes.append("the volume's credentials proved and kept")
+        shutil.rmtree(stage)
+        return True
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -176,7 +242,7 @@ class Converge:
         os.rename(f"{path}.new", path)
         self.changes.append(f"{path} copied")
 
-    def _environment(self, plan: Plan, jupyter: str) -> str:
+    def _environment(self, plan: Plan, jupyter: str, secrets_dir: str) -> str:
         """The values that compose.yml takes from the volume and the engine; no secret among them."""
         assert self.secrets is not None
         programs = hashlib.sha256()
@@ -184,13 +250,19 @@ class Converge:
         for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
             with open(os.path.join(folder, name), "rb") as handle:
                 programs.update(name.encode() + b"\0" + handle.read())
-        files = ["compose.yml"] + (["compose.fast-start.yml"] if docker.supports_start_interval() else [])
+        files = ["compose.yml"]
+        files += ["compose.fast-start.yml"] if docker.supports_start_interval() else []
+        files += ["compose.s3-root.yml"] if plan.s3_as_root else []
         values = {
             "COMPOSE_FILE": ":".join(os.path.join(self.project_dir, name) for name in files),
             "POSTGRES_OWNER": "{}:{}".format(*plan.postgres_owner),
             "POSTGRES_USER": self.secrets["postgres_user"],
             "POSTGRES_DB": self.secrets["postgres_database"],
             "POSTGRES_DIR": plan.postgres_dir,
+            "POSTGRES_TARGET": plan.postgres_target,
+            "POSTGRES_IMAGE": self.references["postgres"],
+            "MLFLOW_IMAGE": self.references["mlflow"],
+            "SECRETS_DIR": secrets_dir,
             "S3_OWNER": "{}:{}".format(*plan.s3_owner),
             "S3_DIR": plan.s3_dir,
             "JUPYTER_IMAGE": jupyter,
@@ -200,10 +272,10 @@ class Converge:
 
     # -- containers ------------------------------------------------------------------------------------------------
 
-    def _inputs(self) -> str:
+    def _inputs(self, environment: str) -> str:
         """A hash of everything that compose reads."""
-        digest = hashlib.sha256()
-        for name in ("compose.yml", "compose.fast-start.yml", ".env"):
+        digest = hashlib.sha256(environment.encode())
+        for name in ("compose.yml", "compose.fast-start.yml", "compose.s3-root.yml"):
             try:
                 with open(os.path.join(self.project_dir, name), "rb") as handle:
                     digest.update(name.encode() + b"\0" + handle.read())
@@ -211,7 +283,7 @@ class Converge:
                 digest.update(b"absent")
         return digest.hexdigest()
 
-    def _up_to_date(self, images: dict[str, dict[str, Any]]) -> bool:
+    def _up_to_date(self, images: dict[str, dict[str, Any]], environment: str) -> bool:
         """Whether the containers are those that the present files asked for, of the present images, and healthy."""
         try:
             with open(os.path.join(self.project_dir, "applied.json"), encoding="utf-8") as handle:
@@ -219,11 +291,12 @@ class Converge:
         except (FileNotFoundError, ValueError):
             applied = {}
         containers = docker.inspect("container", list(docker.SERVICES))
-        reasons = [] if applied.get("inputs") == self._inputs() else ["the compose project changed"]
+        reasons = [] if applied.get("inputs") == self._inputs(environment) else ["the compose project changed"]
         reasons += ["a secret's file was written"] if self.secrets_rewritten else []
+        reasons += ["an upgrade of MLflow's schema was cut off"] if self._upgrade().pending else []
         for name in docker.SERVICES:
             container = containers.get(name)
-            reference = self.params["images"].get(name)
+            reference = self.references.get(name)
             if container is None:
                 reasons.append(f"{name} has no container")
             elif container["Id"] != applied.get("containers", {}).get(name):
@@ -236,47 +309,146 @@ class Converge:
             self.changes.append("docker compose up: " + ", ".join(reasons))
         return not reasons or self.check
 
-    def _up(self) -> None:
+    def _upgrade(self) -> schema.Upgrade:
+        assert self.secrets is not None
+        database = schema.Database(self.secrets["postgres_user"], self.secrets["postgres_database"])
+        return schema.Upgrade(self.data_dir, database, self.params["upgrade_timeout"], self.changes)
+
+    def _settle_schema(self, plan: Plan, images: dict[str, dict[str, Any]], environment: str) -> schema.Upgrade | None:
+        """Bring the database to the schema of the MLflow image before that runs; the upgrade if one is unfinished.
+
+        PostgreSQL and the S3 server are up afterwards. A new database needs nothing: MLflow makes its tables.
+        """
+        self._refuse_others(plan)
+        if plan.new_cluster:
+            return None
+        mlflow = self.references["mlflow"]
+        with open(os.path.join(self.project_dir, "oneshot", "schema.py"), encoding="utf-8") as script:
+            cache = os.path.join(self.project_dir, "schemas.json")
+            image = schema.known(mlflow, images[mlflow]["Id"], script.read(), cache)
+        docker.write_atomically(STORES_ENVIRONMENT, environment)
+        upgrade, stopped = self._upgrade(), []
+        with docker.locked():
+            self._compose_up(docker.STORES, STORES_ENVIRONMENT)
+            try:
+                upgrade.recover()
+                found = upgrade.database.schema()
+                if decide_schema(found, image) == UPGRADE:
+                    stopped = schema.stop_writers(self.project_dir)
+                    pgpass = os.path.join(self.secrets_dir, "pgpass")
+                    upgrade.run(mlflow, self.params["mlflow_uid"], pgpass, found.revisions[0], image)
+            except (schema.UpgradeFailed, docker.DockerFailed, OSError) as failure:
+                if stopped:
+                    docker.docker("start", *stopped, check=False)
+                raise Failed(
+                    keys.scrub(f"MLflow's database wasn't upgraded: {failure}", self.secrets),
+                    expected=f"MLflow's schema at {image.head}, that of MLflow {image.version}",
+                    found="the database as it was" + (", served as before" if stopped else ""),
+                    next_step="mend what the message says and converge again, or keep the MLflow that wrote the data"
+                    " (lab.yaml: images.mlflow)",
+                ) from None
+        return upgrade if upgrade.pending else None
+
+    def _refuse_others(self, plan: Plan) -> None:
+        """Stop where somebody else's containers have the data or our names: two servers would ruin it."""
+        others = docker.others_on(self.project_dir, [plan.postgres_dir, plan.s3_dir])
+        if not others:
+            return
+        labels = [one["Config"].get("Labels") or {} for one in others.values()]
+        files = {str(label.get("com.docker.compose.project.config_files") or "") for label in labels}
+        down = f"docker compose -f {files.pop()} down" if len(files) == 1 and "" not in files else ""
+        names = " ".join(sorted(others))
+        raise Stop(
+            "Containers that labctl didn't make have the volume's data or the services' names; nothing was started.",
+            expected="none but labctl's own, made from " + self.project_dir,
+            found=", ".join(f"{name} ({one['State'].get('Status')})" for name, one in sorted(others.items())),
+            next_step=f"save what is only in them (an open notebook), then on the server: sudo"
+            f" {down or f'docker stop -t 60 {names} && sudo docker rm {names}'}",
+        )
+
+    def _compose_up(self, services: tuple[str, ...], environment: str = "") -> None:
+        """`compose up --wait` under the lock that the caller holds. Failed, with the services' last words."""
         found = docker.inspect("container", list(docker.SERVICES))
-        before, seconds = docker.identity(found), self.params["start_timeout"]
-        # A running container keeps the file that was at a path when it started.
-        anew = ["--force-recreate"] if self.secrets_rewritten else []
+        seconds, words = self.params["start_timeout"], ""
+        # A running container keeps the file that was at a path when it started. One in a restart loop would wait for
+        # Docker's growing pause, or make compose give up at once.
+        old = [n for n in services if n in found and (self.secrets_rewritten or docker.is_ailing(found[n]))]
         try:
-            with docker.locked():
-                # One in a restart loop would wait for Docker's growing pause, or make compose give up at once.
-                if ailing := [name for name, container in found.items() if docker.is_ailing(container)]:
-                    docker.compose(self.project_dir, "rm", "--stop", "--force", *ailing, seconds=STOP_SECONDS)
-                done = docker.compose(
-                    self.project_dir, "up", "-d", "--no-build", *anew, "--wait", "--wait-timeout", str(seconds),
-                    seconds=seconds + GRACE_SECONDS,
-                )  # fmt: skip
+            if old:
+                docker.compose(
+                    self.project_dir, "rm", "--stop", "--force", *old, seconds=STOP_SECONDS, environment=environment
+                )
+            done = docker.compose(
+                self.project_dir, "up", "-d", "--no-build", "--wait", "--wait-timeout", str(seconds), *services,
+                seconds=seconds + GRACE_SECONDS, environment=environment,
+            )  # fmt: skip
             words = done.stderr.strip() if done.returncode else ""
         except docker.DockerFailed as failure:
             words = str(failure)
-        containers = docker.inspect("container", list(docker.SERVICES))
-        unhealthy = [name for name in docker.SERVICES if not docker.is_healthy(containers.get(name))]
+        containers = {n: c for n, c in docker.inspect("container", list(services)).items() if n in services}
+        unhealthy = [name for name in services if not docker.is_healthy(containers.get(name))]
         if words or unhealthy:
             last = words.splitlines()[-1] if words else f"not healthy: {', '.join(unhealthy)}"
+            complaints = docker.complaints(containers, services)
             raise Failed(
-                keys.scrub(f"The services didn't come up: {last}\n{docker.complaints(containers)}", self.secrets),
-                expected="postgres, s3, mlflow and jupyter running and healthy",
-                found=f"not healthy: {', '.join(unhealthy) or 'none'}",
+                keys.scrub(f"The services didn't come up: {last}\n{complaints}", self.secrets),
+                expected=f"{', '.join(services)} running and healthy",
+                found=f"not healthy: {', '.join(unhealthy) or 'none'}; {volume.free_words(self.data_dir)}",
                 next_step="mend what the log above says, then `labctl converge --only mlflow_stack`",
             )
+
+    def _up(self, upgrade: schema.Upgrade | None) -> None:
+        """All services; what `_settle_schema` has just started stays."""
+        before = docker.identity(docker.inspect("container", list(docker.SERVICES)))
+        try:
+            with docker.locked():
+                self._compose_up(docker.SERVICES)
+        except Failed as failure:
+            if upgrade:
+                self._back(upgrade, failure)
+            raise
+        if upgrade:
+            upgrade.finish()
+        containers = docker.inspect("container", list(docker.SERVICES))
         if docker.identity(containers) != before:
             self.changes.append("services started")
             docker.write_atomically(volume.MOUNT_RECORD, volume.mount_at(self.data_dir) or "")
-        applied = {"inputs": self._inputs(), "containers": {name: c["Id"] for name, c in containers.items()}}
+        with open(os.path.join(self.project_dir, ".env"), encoding="utf-8") as environment:
+            inputs = self._inputs(environment.read())
+        applied = {"inputs": inputs, "containers": {name: c["Id"] for name, c in containers.items()}}
         docker.write_atomically(os.path.join(self.project_dir, "applied.json"), json.dumps(applied, indent=1) + "\n")
 
-    def _describe(self, plan: Plan) -> dict[str, Any]:
+    def _back(self, upgrade: schema.Upgrade, failure: Failed) -> None:
+        """MLflow doesn't run on the upgraded database: back to the old one, unless somebody wrote to the new one.
+
+        First nothing can start the new MLflow any more, then the databases change names: a new MLflow that met the old
+        one would upgrade it by itself.
+        """
+        if docker.is_healthy(docker.inspect("container", ["mlflow"]).get("mlflow")):
+            return
+        with docker.locked():
+            docker.docker("rm", "--force", *docker.WRITERS, check=False)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.project_dir, ".env"))
+            reverted = upgrade.revert()
+        failure.facts["found"] += (
+            "; the database is as it was before the upgrade"
+            if reverted
+            else "; the database was upgraded and has been written to since, so it stays"
+        )
+        failure.facts["next_step"] = (
+            "mend what the log above says and converge again, or keep the MLflow that wrote the data (lab.yaml:"
+            " images.mlflow)"
+        )
+
+    def _describe(self, plan: Plan, state: VolumeState) -> dict[str, Any]:
         """Write down what runs, for `labctl status` (on the host) and for the next machine (on the volume)."""
         try:
             with open(SERVICES_FILE, encoding="utf-8") as handle:
                 known = json.load(handle)
         except (FileNotFoundError, ValueError):
             known = {}
-        if self.check or (known and not self.changes):
+        if self.check or (known and not self.changes and set(MARKED) <= set(state.stack)):
             return dict(known)
         flavour, ports = self.params["s3_flavour"], self.params["ports"]
         versions = docker.versions(list(docker.SERVICES))
@@ -296,15 +468,24 @@ class Converge:
             "jupyter": jupyter,
         }
         self._write(SERVICES_FILE, json.dumps(services, indent=1) + "\n")
-        record = {
-            "layout": 1,
-            "postgres_major": versions["postgres"].split(".")[0],
-            "s3_flavour": flavour,
-            "mlflow_version": versions["mlflow"],
-            "images": self.params["images"],
-        }
-        self._write(os.path.join(self.data_dir, ".labctl", "stack.json"), json.dumps(record, indent=1) + "\n")
+        self._mark(plan, state, versions)
         return services
+
+    def _mark(self, plan: Plan, state: VolumeState, versions: dict[str, str]) -> None:
+        """The marker's key `stack`: what served the volume last, from which directories."""
+        revisions = self._upgrade().database.schema().revisions
+        stack = {
+            **state.stack,
+            "postgres_major": versions["postgres"].split(".")[0],
+            "postgres_dir": plan.postgres_place,
+            "s3_format": PLAIN_FILES if self.params["s3_flavour"] == "rclone" else S3_FORMATS[0],
+            "s3_dir": plan.s3_place,
+            "mlflow_version": versions["mlflow"],
+            "mlflow_schema": revisions[0] if revisions else "",
+            "origin": plan.origin,
+        }
+        if marker.write(self.data_dir, stack):
+            self.changes.append(f"{marker.MARKER}: {marker.KEY} brought up to date")
 
     # -- the guard -------------------------------------------------------------------------------------------------
 
@@ -348,23 +529,34 @@ def stop_services(data_dir: str, project_dir: str, check: bool) -> dict[str, Any
     """Guard off, PostgreSQL stopped cleanly, containers removed; the data stays. Failed if something still runs."""
     shown = systemctl("show", "--property=ActiveState,UnitFileState", UNIT)
     guarded = "ActiveState=active" in shown or "UnitFileState=enabled" in shown
-    containers = docker.inspect("container", list(docker.SERVICES))
+    containers = docker.inspect("container", [*docker.SERVICES, schema.CONTAINER])
     changed = guarded or bool(containers)
     diff = {"before": "".join(f"{name}\n" for name in containers), "after": ""}
-    pid_file = os.path.join(data_dir, "postgres_data", "postmaster.pid")
     if not changed or check:
-        return {"changed": changed, "diff": diff, "clean_shutdown": not os.path.exists(pid_file)}
+        return {"changed": changed, "diff": diff, "clean_shutdown": _shut_down(data_dir)}
     if guarded:
         systemctl("disable", "--now", UNIT, check=True)
     with docker.locked():
+        schema.remove_container()
         done = docker.compose(project_dir, "down", "--timeout", str(STOP_SECONDS // 2), seconds=STOP_SECONDS)
-    left = docker.inspect("container", list(docker.SERVICES))
-    if done.returncode or left:
+        ours = [n for n, c in docker.inspect("container", list(containers)).items() if docker.is_ours(c, project_dir)]
+        if done.returncode and ours:  # a first converge that was cut off left no .env, without which compose is lost
+            docker.docker("stop", "--time", str(STOP_SECONDS // 2), *ours, seconds=STOP_SECONDS)
+            done = docker.docker("rm", *ours, check=False)
+    left = docker.inspect("container", [*docker.SERVICES, schema.CONTAINER])
+    if left:
         raise Failed(
             f"The services can't be stopped: {done.stderr.strip()[-800:]}",
-            found=f"still there: {', '.join(left) or 'none'}",
+            found=f"still there: {', '.join(left)}",
             next_step="look at `docker ps -a` on the server, then run the command again",
         )
     with contextlib.suppress(FileNotFoundError):
         os.unlink(volume.MOUNT_RECORD)
-    return {"changed": True, "diff": diff, "clean_shutdown": not os.path.exists(pid_file)}
+    return {"changed": True, "diff": diff, "clean_shutdown": _shut_down(data_dir)}
+
+
+def _shut_down(data_dir: str) -> bool:
+    """Whether no cluster of the volume has a server's pid file, which a clean shutdown removes."""
+    pointer = str(volume.read_marker(data_dir)[0].get("postgres_dir") or "")
+    places = volume.clusters(data_dir, pointer)
+    return not any(os.path.exists(os.path.join(data_dir, place, "postmaster.pid")) for place in places)

@@ -12,6 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 SERVICES = ("postgres", "s3", "mlflow", "jupyter")
+#: What keeps the data, and what writes to it.
+STORES, WRITERS = ("postgres", "s3"), ("mlflow", "jupyter")
+PROJECT = "persist_block"
+NETWORK = f"{PROJECT}_default"
 #: The guard takes the same lock, so that two `docker compose up` never meet.
 LOCK = "/run/labctl-stack.lock"
 QUICK_SECONDS = 60
@@ -22,17 +26,17 @@ class DockerFailed(Exception):
     """A Docker command failed; its text says which, and Docker's own words."""
 
 
-def docker(*arguments: str, seconds: float = QUICK_SECONDS, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run `docker …`. DockerFailed after `seconds`, or with its last words if it fails and `check` is set."""
+def docker(
+    *arguments: str, seconds: float = QUICK_SECONDS, check: bool = True, data: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run `docker …` with `data` as its input.
+
+    DockerFailed after `seconds`, or with its last words if it fails and `check` is set.
+    """
     words = " ".join(("docker", *arguments[:3]))
     try:
         done = subprocess.run(
-            ["docker", *arguments],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=False,
+            ["docker", *arguments], input=data, capture_output=True, text=True, timeout=seconds, check=False
         )
     except subprocess.TimeoutExpired:
         raise DockerFailed(f"`{words} …` wasn't done after {seconds:.0f} s") from None
@@ -92,9 +96,53 @@ def locked() -> Iterator[None]:
         yield
 
 
-def compose(project_dir: str, *arguments: str, seconds: float) -> subprocess.CompletedProcess[str]:
-    """Run `docker compose …` for the project, without checking how it ended."""
-    return docker("compose", "--project-directory", project_dir, *arguments, seconds=seconds, check=False)
+def stream(arguments: list[str], source: int, target: int, seconds: float) -> None:
+    """Run `docker …` from one open file into another, whatever their size. DockerFailed with its last words."""
+    words = " ".join(("docker", *arguments[:4]))
+    try:
+        done = subprocess.run(
+            ["docker", *arguments], stdin=source, stdout=target, stderr=subprocess.PIPE, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise DockerFailed(f"`{words} …` wasn't done after {seconds:.0f} s") from None
+    if done.returncode:
+        raise DockerFailed(f"`{words} …`: {done.stderr.decode(errors='replace').strip()[-1500:]}")
+
+
+def compose(
+    project_dir: str, *arguments: str, seconds: float, environment: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run `docker compose …` for the project, unchecked; `environment` names a file that replaces .env."""
+    other = ["--env-file", environment] if environment else []
+    return docker("compose", "--project-directory", project_dir, *other, *arguments, seconds=seconds, check=False)
+
+
+def is_ours(container: dict[str, Any], project_dir: str) -> bool:
+    """Whether the role's own compose project made a container; the tutorial's project has the same name."""
+    labels = container.get("Config", {}).get("Labels") or {}
+    return bool(labels.get("com.docker.compose.project.working_dir") == project_dir)
+
+
+def others_on(project_dir: str, directories: list[str]) -> dict[str, dict[str, Any]]:
+    """Containers that aren't ours and have our names or our project's, or run with one of the directories writable."""
+    names = docker("ps", "-a", "--format", "{{.Names}}").stdout.split()
+    found = {}
+    for name, one in inspect("container", names).items():
+        if is_ours(one, project_dir):
+            continue
+        project = (one.get("Config", {}).get("Labels") or {}).get("com.docker.compose.project")
+        writes = one["State"].get("Running") and any(
+            mount.get("RW") and any(same_or_below(str(mount.get("Source")), path) for path in directories)
+            for mount in one.get("Mounts") or []
+        )
+        if name in SERVICES or project == PROJECT or writes:
+            found[name] = one
+    return found
+
+
+def same_or_below(one: str, other: str) -> bool:
+    """Whether one of two paths is the other or lies in it."""
+    return one == other or one.startswith(f"{other.rstrip('/')}/") or other.startswith(f"{one.rstrip('/')}/")
 
 
 def supports_start_interval() -> bool:
@@ -120,10 +168,10 @@ def identity(containers: dict[str, dict[str, Any]]) -> dict[str, tuple[str, str]
     return {name: (c["Id"], c["State"]["StartedAt"]) for name, c in containers.items()}
 
 
-def complaints(containers: dict[str, dict[str, Any]]) -> str:
+def complaints(containers: dict[str, dict[str, Any]], services: tuple[str, ...] = SERVICES) -> str:
     """For each service that isn't healthy: its state, its last health check's words, its last log lines."""
     texts = []
-    for name in SERVICES:
+    for name in services:
         container = containers.get(name)
         if container is None:
             texts.append(f"{name}: no container was made")
