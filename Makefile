@@ -14,13 +14,15 @@ PACKAGES := ca-certificates debian-archive-keyring e2fsprogs iproute2 iptables m
 # an engine that is there already, Docker's own for instance, is left alone
 PACKAGES += $(shell command -v dockerd >/dev/null || [ -x /usr/sbin/dockerd ] || echo docker.io)
 ROLES := docker block_volume rclone etl mlflow_stack
+# what takes longest begins first
+LONG := e2e molecule-mlflow_stack molecule-block_volume
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export ANSIBLE_CONFIG := $(CURDIR)/playbooks/ansible.cfg
 export ANSIBLE_ROLES_PATH := $(CURDIR)/roles
 
 .PHONY: help
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 .PHONY: packages
 packages: ## Debian packages that the sandbox needs; asks for nothing where they are there
@@ -67,20 +69,22 @@ unit: venv ## unit tests
 	pytest tests/unit
 
 .PHONY: molecule
-molecule: sandbox ## a scenario per role
-	for role in $(ROLES); do echo "== molecule: $$role"; $(SUDO) $(BIN)/molecule test -s $$role; done
+molecule: $(ROLES:%=molecule-%) ## a scenario per role; `make molecule-docker` for one
+
+molecule-%: sandbox
+	$(SUDO) $(BIN)/molecule test -s $*
 
 .PHONY: test-cloud
 test-cloud: sandbox ## the cloud code against a real OpenStack (LABCTL_TEST_CLOUD; the sandbox by default)
 	$(SUDO) $(BIN)/pytest tests/cloud
 
 .PHONY: e2e
-e2e: sandbox ## the command line from outside, and the whole story as a molecule scenario
+e2e: sandbox ## the command line from outside, on one lab
 	$(SUDO) $(BIN)/pytest -m "not slow" tests/e2e
-	$(SUDO) $(BIN)/molecule test -s rebuild
 
 .PHONY: test
-test: lint unit molecule test-cloud e2e ## everything that must pass before a change lands
+test: lint unit sandbox ## everything that must pass before a change lands
+	$(BIN)/python tests/parallel.py $(LONG) $(filter-out $(LONG),$(ROLES:%=molecule-%) molecule-rebuild test-cloud)
 
 .PHONY: test-slow
 test-slow: sandbox ## the long soak
