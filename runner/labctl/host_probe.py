@@ -46,5 +46,24 @@ def services() -> dict[str, dict[str, object]]:
     }
 
 
+def backups() -> dict[str, object]:
+    """The timer of backups, if there is one, and how the last backup from this host ended."""
+    shown = output("systemctl", "show", "labctl-backup.timer", "--property=ActiveState,NextElapseUSecRealtime")
+    timer = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
+    active = timer.get("ActiveState") == "active"
+    try:
+        with open("/var/lib/labctl/backup-last.json") as handle:
+            last = json.load(handle)
+    except (OSError, ValueError):
+        last = None
+    return {"scheduled": active, "next": timer.get("NextElapseUSecRealtime", "") if active else "", "last": last}
+
+
 if __name__ == "__main__":
-    print(json.dumps({"volume": mount(sys.argv[1]), "object_store": mount(sys.argv[2]), "services": services()}))
+    found = {
+        "volume": mount(sys.argv[1]),
+        "object_store": mount(sys.argv[2]),
+        "services": services(),
+        "backup": backups(),
+    }
+    print(json.dumps(found))

@@ -125,7 +125,12 @@ def _ssh_options(spec: InventorySpec, server: Server) -> tuple[str, ...]:
 
 
 def _volume_variables(spec: InventorySpec, volume: Volume | None) -> dict[str, Any]:
+    from labctl.cloud import META_BACKUP_KEEP, META_BACKUP_SCHEDULE
+
+    remembered = volume.metadata if volume else {}
     return {
+        "backup_schedule": remembered.get(META_BACKUP_SCHEDULE),
+        "backup_keep": remembered.get(META_BACKUP_KEEP),
         "block_volume_id": volume.id if volume else None,
         "block_volume_mount_point": spec.volume_mount_point,
         "block_volume_owner": spec.user,

@@ -59,6 +59,7 @@ class Status:
     object_store: ObjectStoreStatus
     services: dict[str, ServiceStatus] = field(default_factory=dict)
     host_error: str = ""
+    backup: dict[str, Any] = field(default_factory=dict)
 
     @property
     def healthy(self) -> bool:
@@ -86,6 +87,7 @@ class Status:
             ),
             ObjectStoreStatus(**{**asdict(self.object_store), "mounted": store is not None}),
             {name: ServiceStatus(**service) for name, service in host["services"].items()},
+            backup=host["backup"],
         )
 
     def rows(self) -> list[tuple[str, str]]:
@@ -100,6 +102,8 @@ class Status:
         for name, service in self.services.items():
             state = "healthy" if service.healthy else "NOT healthy"
             rows.append((name, " ".join(part for part in (service.url, service.version, state, service.note) if part)))
+        if text := _backup_text(self.backup):
+            rows.append(("backup", text))
         if self.host_error:
             rows.append(("host", self.host_error))
         return rows
@@ -118,3 +122,13 @@ def _mounted(mounted: bool | None) -> str:
 
 def _count(objects: int | None) -> str:
     return "ABSENT" if objects is None else f"{objects} objects"
+
+
+def _backup_text(backup: dict[str, Any]) -> str:
+    """When the next backup is, and how the last one from this server ended; "" where there is neither."""
+    last = backup.get("last") or {}
+    parts = [f"next {backup['next']}"] if backup.get("scheduled") else []
+    if last:
+        ended = f"{last['ended']}: {last['id']}" if last["ok"] else f"{last['ended']} FAILED: {last['error']}"
+        parts.append(f"last {ended}")
+    return "; ".join(parts)

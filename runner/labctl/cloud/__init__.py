@@ -9,6 +9,8 @@ cloud's own words; what it doesn't answer, too.
 META_LAB = "labctl_lab"
 #: Server metadata key with the id of the application credential that the server reads the object store with.
 META_CREDENTIAL = "labctl_credential_id"
+#: Volume metadata keys with the schedule of backups and how many to keep: a new server gets the timer by them.
+META_BACKUP_SCHEDULE, META_BACKUP_KEEP = "labctl_backup_schedule", "labctl_backup_keep"
 #: Server metadata key that a rebuild sets on the server it makes: UNFINISHED until everything was read back.
 META_REBUILD = "labctl_rebuild"
 UNFINISHED, FINISHED = "unfinished", "finished"

@@ -13,9 +13,9 @@ if PROGRAM in sys.path:
     sys.path.remove(PROGRAM)  # its modules are the package's, not everybody's
 sys.path.insert(0, os.path.dirname(PROGRAM))
 
-from labctl_backup import host, job, prune, restore, take  # noqa: E402
-from labctl_backup.errors import EXIT_CODES, Failure  # noqa: E402
-from labctl_backup.model import key_id  # noqa: E402
+from labctl_backup import host, job, prune, restore, take
+from labctl_backup.errors import EXIT_CODES, Failure
+from labctl_backup.model import key_id
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,7 +33,6 @@ def parser() -> argparse.ArgumentParser:
     for flag in ("--beside", "--into-new-major", "--new-secrets", "--again"):
         new["restore"].add_argument(flag, action="store_true")
     verbs.add_parser("key", help="print the volume's backup key")
-    verbs.add_parser("keys", help="take keys (a JSON list) from standard input")
     start = verbs.add_parser("start", help="run one of the commands above as a unit of its own")
     start.add_argument("arguments", nargs=argparse.REMAINDER)
     wait = verbs.add_parser("wait", help="tell a job's progress")
@@ -89,9 +88,6 @@ def main() -> int:
     try:
         if args.verb == "key":
             answer: Any = key_document()
-        elif args.verb == "keys":
-            host.bring_keys(json.load(sys.stdin))
-            answer = {}
         elif args.verb == "start":
             answer = job.start(PROGRAM, args.arguments)
         elif args.verb == "wait":

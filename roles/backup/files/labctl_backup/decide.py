@@ -179,8 +179,8 @@ def _postgres(facts: VolumeFacts, wish: Wish, manifest: Mapping[str, Any]) -> tu
                 next_step="name one in lab.yaml (images: {postgres: …}), then run the command again",
             )
         default = int(wish.default_major or 0)
-        major = str(default if default in newer else newer[0])
-        return major, wish.majors[major]
+        chosen = str(default if default in newer else newer[0])
+        return chosen, wish.majors[chosen]
     if of_backup in wish.majors:
         return of_backup, wish.majors[of_backup]
     default = wish.default_major

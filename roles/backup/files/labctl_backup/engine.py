@@ -1,4 +1,4 @@
-"""The servers of a restore: PostgreSQL and S3 in containers of their own, without published ports, on new directories."""
+"""The servers of a restore: PostgreSQL and S3 in containers of their own, without published ports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from labctl_backup.errors import Failure
 from labctl_backup.source import Database
 
 POSTGRES, S3 = "labctl-restore-postgres", "labctl-restore-s3"
-#: Whom the stack's new directories belong to (the official PostgreSQL image's user; the S3 server's of role mlflow_stack).
+#: Whom the stack's new directories belong to: the official PostgreSQL image's user, and mlflow_stack's for S3.
 POSTGRES_UID, S3_UID = 999, 10001
 LAB_SERVICES = ("jupyter", "mlflow", "s3", "postgres")
 READY_SECONDS = 180
@@ -93,7 +93,8 @@ def start_postgres(image: str, directory: str, folder: str, secrets: dict[str, s
     password = secret_file(folder, "postgres_password", secrets["postgres_password"], POSTGRES_UID)
     docker(
         "run", "-d", "--name", POSTGRES, "--network", "none", "--user", f"{POSTGRES_UID}:{POSTGRES_UID}",
-        "--cap-drop", "ALL", "--security-opt", "no-new-privileges:true", "--shm-size", "256m", "--stop-signal", "SIGINT",
+        "--cap-drop", "ALL", "--security-opt", "no-new-privileges:true", "--shm-size", "256m",
+        "--stop-signal", "SIGINT",
         "-e", f"POSTGRES_USER={secrets['postgres_user']}", "-e", f"POSTGRES_DB={secrets['postgres_database']}",
         "-e", "POSTGRES_PASSWORD_FILE=/run/secrets/postgres_password", "-e", "PGDATA=/var/lib/postgresql/data",
         *bind(directory, "/var/lib/postgresql/data"),
@@ -109,8 +110,8 @@ def start_s3(image: str, flavour: str, directory: str, folder: str, secrets: dic
     remove(S3)
     user = secret_file(folder, "s3_user", secrets["s3_user"], S3_UID)
     password = secret_file(folder, "s3_password", secrets["s3_password"], S3_UID)
-    options = ["-e", "MINIO_ROOT_USER_FILE=/run/secrets/s3_user", "-e", "MINIO_ROOT_PASSWORD_FILE=/run/secrets/s3_password",
-               "-e", "MINIO_UPDATE=off", "-e", "MINIO_BROWSER=off"]  # fmt: skip
+    options = ["-e", "MINIO_ROOT_USER_FILE=/run/secrets/s3_user", "-e", "MINIO_BROWSER=off", "-e", "MINIO_UPDATE=off",
+               "-e", "MINIO_ROOT_PASSWORD_FILE=/run/secrets/s3_password"]  # fmt: skip
     command = ["server", "/data"]
     if flavour == "rclone":
         # as the stack's compose file starts it: the keys come from files, into rclone's own process only
@@ -148,8 +149,8 @@ def pg_restore(database: Database, dump: str) -> None:
     """The dump into the empty database, as one transaction: all of it, or nothing."""
     with open(dump, "rb") as source:
         done = subprocess.run(
-            ["docker", "exec", "-i", database.container, "pg_restore", "--no-owner", "--no-privileges", "--exit-on-error",
-             "--single-transaction", "-U", database.user, "-d", database.database],
+            ["docker", "exec", "-i", database.container, "pg_restore", "--no-owner", "--no-privileges",
+             "--exit-on-error", "--single-transaction", "-U", database.user, "-d", database.database],
             stdin=source, capture_output=True, check=False,
         )  # fmt: skip
     if done.returncode:

@@ -14,7 +14,7 @@ import stack_marker
 
 from labctl_backup import decide
 from labctl_backup.errors import Failure
-from labctl_backup.job import RUN, read_json, write_json
+from labctl_backup.job import RUN, read_json
 from labctl_backup.model import key_id
 from labctl_backup.rclone import (
     S3,
@@ -33,7 +33,7 @@ SETTINGS = "/etc/labctl/backup.json"
 SECRETS_DIR = ".labctl/secrets"
 SECRETS_FILE, KEY_FILE = f"{SECRETS_DIR}/secrets.json", f"{SECRETS_DIR}/backup_key"
 WORKSPACE = "workspace"
-#: Keys that the user's machine brought, for one restore.
+#: Keys that the user's machine brought (a JSON list), for one restore.
 KEYS = os.path.join(RUN, "keys.json")
 #: Where the stack keeps data unless the marker points elsewhere.
 DATA_PLACES = ("postgres_data", "minio_data", "rclone_s3_data")
@@ -90,7 +90,7 @@ def marker(here: Settings) -> dict[str, Any]:
 def stack_of(here: Settings) -> dict[str, Any]:
     """Which data the stack serves. A safety stop where the marker doesn't say it clearly."""
     try:
-        return stack_marker.read(here.data_dir)
+        return dict(stack_marker.read(here.data_dir))
     except stack_marker.MarkerError as error:
         raise decide.stop(
             "The volume's marker can't be used.", "a readable marker", str(error), "labctl status"
@@ -154,12 +154,6 @@ def keys_at_hand(here: Settings) -> dict[str, str]:
     if mounted(here.data_dir) and (own := own_key(here)):
         found.append(own)
     return {key_id(key): key for key in found}
-
-
-def bring_keys(keys: list[str]) -> None:
-    """Take the keys that the user's machine has; they go when the restore ends, or with the host's memory."""
-    os.makedirs(RUN, mode=0o700, exist_ok=True)
-    write_json(KEYS, [key.strip() for key in keys if key.strip()])
 
 
 # -- remotes -------------------------------------------------------------------------------------------------------

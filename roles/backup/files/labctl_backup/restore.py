@@ -503,7 +503,7 @@ def _place_secrets(run: Restoring) -> None:
 
 
 def undo(here: Settings, job: Job) -> dict[str, Any]:
-    """Point the marker at what was served before the restore. What was logged since stays in the restored directories."""
+    """Point the marker at what was served before the restore. What was logged since stays where it is."""
     job.step("looking at the volume")
     host.marker(here)
     with locked(here.data_dir):

@@ -70,7 +70,7 @@ class Database:
         with contextlib.suppress(OSError):  # its words are read below
             self._psql.stdin.write(f"{sql}\n\\echo {SENTINEL}\n")
             self._psql.stdin.flush()
-        rows = []
+        rows: list[str] = []
         for line in self._psql.stdout:
             if line.rstrip("\n") == SENTINEL:
                 return rows
@@ -87,7 +87,9 @@ class Database:
         if not tables:
             return {}
         quoted = [name.replace("'", "''") for name in tables]
-        union = " UNION ALL ".join(f"SELECT '{name}', count(*) FROM {table}" for name, table in zip(quoted, tables))
+        union = " UNION ALL ".join(
+            f"SELECT '{name}', count(*) FROM {table}" for name, table in zip(quoted, tables, strict=True)
+        )
         return {name: int(count) for name, _, count in (row.rpartition("|") for row in self.ask(union + ";"))}
 
     def schema_revision(self) -> str:

@@ -220,7 +220,7 @@ def _md5(row: Mapping[str, Any]) -> str:
 
 
 def hashes(rclone: Rclone, path: str, names: Sequence[str] = ()) -> dict[str, str]:
-    """{name below path: SHA-256} of what is there (all of it, or `names`), read in full. What can't be read is missing."""
+    """{name below path: SHA-256} of all that is there, or of `names`, read in full. What can't be read is missing."""
     how = ["hashsum", "SHA256", "--download", path, *PARALLEL, "--fast-list"]
     with names_file(names) as file:
         chosen = ["--files-from-raw", file] if names else []

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from labctl_backup import decide, host, prune
+from labctl_backup import host, prune
 from labctl_backup.decide import BackupSet
 from labctl_backup.errors import Failure
 from labctl_backup.host import Settings
@@ -57,6 +57,9 @@ class Taking:
     store: Store
     staging: str
     set_id: str
+    started: float
+    buckets: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
     stored: dict[str, Stored] = field(default_factory=dict)
     known: dict[str, Stored] = field(default_factory=dict)
     contents: Contents = field(default_factory=Contents)
@@ -82,7 +85,7 @@ def take(here: Settings, job: Job, *, keep: int = 0, force: bool = False) -> dic
         store.ensure()
         store.take_lease(str(marker["volume_id"]), host.hostname(), force=force)
         sets = store.sets()
-        taking = Taking(here, job, rclone, store, staging, new_set_id(started))
+        taking = Taking(here, job, rclone, store, staging, new_set_id(started), started)
         previous = _previous(taking, sets)
         job.step("dumping the database")
         files = os.path.join(staging, "set")
@@ -90,15 +93,15 @@ def take(here: Settings, job: Job, *, keep: int = 0, force: bool = False) -> dic
         dumped = dump(
             secrets["postgres_user"], secrets["postgres_database"], os.path.join(files, DUMP), host.free_bytes(staging)
         )
-        buckets = _objects(taking, previous)
-        left_out = _files(taking, previous)
+        _objects(taking, previous)
+        _files(taking, previous)
         job.step("uploading the set")
         _small_files(taking, files, private, secrets, marker)
-        manifest = _manifest(taking, files, marker, dumped, buckets, left_out, started)
+        manifest = _manifest(taking, files, marker, dumped)
         store.put_set(taking.set_id, files)
         job.step("uploading the manifest")
         store.put(f"{SETS}/{taking.set_id}/{MANIFEST}", json.dumps(manifest, indent=1).encode())
-        result = _result(taking, manifest, started)
+        result = _result(taking, manifest)
         if dumped.others:
             job.note(f"Other databases are not in the backup: {', '.join(dumped.others)}.")
         if keep:
@@ -152,10 +155,10 @@ def _previous(taking: Taking, sets: list[BackupSet]) -> Contents:
 # -- objects -------------------------------------------------------------------------------------------------------
 
 
-def _objects(taking: Taking, previous: Contents) -> list[str]:
-    """Every object of the S3 server into the container. Returns the buckets."""
+def _objects(taking: Taking, previous: Contents) -> None:
+    """Every object of the S3 server into the container."""
     taking.job.step("listing the S3 server's objects")
-    buckets, found = s3_objects(taking.rclone)
+    taking.buckets, found = s3_objects(taking.rclone)
     before = {(one.bucket, one.key): one for one in previous.s3}
     changed = []
     for one in found:
@@ -170,7 +173,6 @@ def _objects(taking: Taking, previous: Contents) -> list[str]:
         taking.job.tell(f"{taking.read} of {total} changed objects")
         _send_batch(taking, batch)
         taking.store.renew_lease()
-    return buckets
 
 
 def _name(taking: Taking, one: S3Object, stored: Stored) -> None:
@@ -184,7 +186,7 @@ def batch_limit(free: int) -> int:
 
 
 def _batches(taking: Taking, objects: list[S3Object]) -> Iterator[list[S3Object]]:
-    """Objects in batches that fit the staging folder; one that doesn't fit, or whose name a list can't hold, is alone."""
+    """Objects in batches that fit the staging folder; what doesn't fit, or has a name for no list, is alone."""
     limit = batch_limit(host.free_bytes(taking.staging))
     batch: list[S3Object] = []
     size = 0
@@ -310,11 +312,11 @@ def hash_stream(rclone: Rclone, path: str) -> tuple[str, Stored]:
 # -- files ---------------------------------------------------------------------------------------------------------
 
 
-def _files(taking: Taking, previous: Contents) -> list[str]:
-    """The workspace into the container. Returns what was left out."""
+def _files(taking: Taking, previous: Contents) -> None:
+    """The workspace into the container."""
     taking.job.step("sending the workspace")
     root = taking.here.at(host.WORKSPACE)
-    entries, left_out = workspace_entries(root)
+    entries, taking.left_out = workspace_entries(root)
     before = {entry.path: entry for entry in previous.workspace}
     changed = []
     for entry in entries:
@@ -335,7 +337,6 @@ def _files(taking: Taking, previous: Contents) -> list[str]:
         batch.append(entry)
     _send_files(taking, root, batch)
     taking.contents.workspace.sort(key=lambda entry: entry.path)
-    return left_out
 
 
 def _send_files(taking: Taking, root: str, batch: list[WorkspaceEntry]) -> None:
@@ -377,15 +378,7 @@ def _small_files(taking: Taking, files: str, private: str, secrets: dict[str, st
             handle.write(data)
 
 
-def _manifest(
-    taking: Taking,
-    files: str,
-    marker: dict[str, Any],
-    dumped: Dump,
-    buckets: list[str],
-    left_out: list[str],
-    started: float,
-) -> dict[str, Any]:
+def _manifest(taking: Taking, files: str, marker: dict[str, Any], dumped: Dump) -> dict[str, Any]:
     here, contents = taking.here, taking.contents
     stack = marker.get("stack") or {}
     proofs = {}
@@ -400,16 +393,16 @@ def _manifest(
             "volume_id": marker["volume_id"],
             "host": host.hostname(),
             "labctl_version": here.labctl_version,
-            "started": iso(started),
+            "started": iso(taking.started),
             "finished": iso(time.time()),
             "postgres": {"major": dumped.major, "version": dumped.version, "bytes": dumped.bytes,
                          "other_databases": list(dumped.others)},
             "mlflow": {"version": _mlflow_version(), "schema": dumped.schema},
             "rows": dumped.rows,
-            "s3": {"flavour": here.s3_flavour, "format": stack.get("s3_format", ""), "buckets": buckets,
+            "s3": {"flavour": here.s3_flavour, "format": stack.get("s3_format", ""), "buckets": taking.buckets,
                    "objects": len(contents.s3), "bytes": sum(one.size for one in contents.s3)},
             "workspace": {"files": sum(entry.kind == "file" for entry in contents.workspace),
-                          "bytes": sum(entry.size for entry in contents.workspace), "left_out": left_out},
+                          "bytes": sum(entry.size for entry in contents.workspace), "left_out": taking.left_out},
             "key_id": key_id(host.own_key(here)),
             "files": proofs,
         }
@@ -425,11 +418,11 @@ def _mlflow_version() -> str:
     return done.stdout.strip()
 
 
-def _result(taking: Taking, manifest: dict[str, Any], started: float) -> dict[str, Any]:
+def _result(taking: Taking, manifest: dict[str, Any]) -> dict[str, Any]:
     return {
         **prune.summary(BackupSet(taking.set_id, manifest), time.time()),
         "read": taking.read,
         "sent": taking.sent,
         "sent_bytes": taking.sent_bytes,
-        "seconds": round(time.time() - started, 1),
+        "seconds": round(time.time() - taking.started, 1),
     }

@@ -1,0 +1,284 @@
+"""Backups of a lab's volume in the object store, their schedule, and the way back.
+
+The work is done by a program on the lab's server (role `backup`), as a unit of its own: a connection that breaks or a
+Ctrl-C here doesn't end it, and the same command finds it again. Here are the order of steps, the keys, and the words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from labctl import __version__, lifecycle, resources
+from labctl.cloud import META_BACKUP_KEEP, META_BACKUP_SCHEDULE, META_LAB
+from labctl.cloud import store as stores
+from labctl.cloud import volume as volumes
+from labctl.context import Context
+from labctl.errors import CloudRefused, ConfigError, ConvergeFailed, HostUnreachable, LabctlError, SafetyStop
+from labctl.lifecycle import Verification
+from labctl.models import Server
+
+#: Where the role puts the program.
+PROGRAM = "/usr/local/lib/labctl/labctl_backup"
+#: Where the program looks for keys that this machine brings.
+KEYS_ON_HOST = "/run/labctl-backup/keys.json"
+#: What a restore needs of the host; the services come up on what was restored.
+HOST_ROLES = ("block_volume", "docker", "rclone")
+#: Seconds that the server holds a question open, that ssh gets on top, and that a broken connection is tried again.
+ASK_SECONDS, SSH_SECONDS, RECONNECT_SECONDS = 5, 20, 120
+#: ssh's own exit code, for a connection that failed.
+SSH_FAILED = 255
+
+_KINDS: dict[str, type[LabctlError]] = {
+    "usage": ConfigError,
+    "refused": CloudRefused,
+    "failed": ConvergeFailed,
+    "safety_stop": SafetyStop,
+}
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A restore as it was asked for; `key_file` holds a backup key, `from_lab` is another lab's name."""
+
+    set: str = "latest"
+    beside: bool = False
+    into_new_major: bool = False
+    new_secrets: bool = False
+    again: bool = False
+    from_lab: str = ""
+    key_file: Path | None = None
+
+    @property
+    def arguments(self) -> list[str]:
+        """For the program."""
+        flags = {
+            "--beside": self.beside,
+            "--into-new-major": self.into_new_major,
+            "--new-secrets": self.new_secrets,
+            "--again": self.again,
+        }
+        return [self.set, *(flag for flag, on in flags.items() if on)]
+
+
+def container_of(lab: str) -> str:
+    """The container that holds a lab's backups."""
+    return f"backup-persist-{lab}"
+
+
+# -- commands ------------------------------------------------------------------------------------------------------
+
+
+def backup(ctx: Context, *, keep: int | None = None, force: bool = False) -> dict[str, Any]:
+    """Back the lab up now. With `keep`, older complete sets beyond that many go once the new one is complete."""
+    server = lifecycle.existing_server(ctx)
+    stores.ensure_container(ctx.cloud, container_of(ctx.lab.lab), {META_LAB: ctx.lab.lab})
+    kept = [] if keep is None else ["--keep", str(keep)]
+    result = run(ctx, server, ["backup", *kept, *(["--force"] if force else [])])
+    result["key_file"] = str(keep_key(ctx, server))
+    return result
+
+
+def schedule(ctx: Context, expression: str, keep: int | None) -> None:
+    """Back up by a timer on the server. The volume's metadata remembers it, for the next server."""
+    server, volume = lifecycle.existing_server(ctx), lifecycle.existing_volume(ctx)
+    off = expression == "off"
+    if not off:
+        stores.ensure_container(ctx.cloud, container_of(ctx.lab.lab), {META_LAB: ctx.lab.lab})
+    # the host first: it knows whether systemd understands the expression
+    variables = {"backup_entry": "main", "backup_schedule": expression, "backup_keep": keep or 0}
+    lifecycle.play(ctx, server, "backup.yml", {**variables, "backup_check_schedule": True}, volume=volume)
+    remembered = {META_BACKUP_SCHEDULE: "" if off else expression, META_BACKUP_KEEP: "" if off else str(keep or 0)}
+    volumes.set_metadata(ctx.cloud, volume.id, **remembered)
+
+
+def listed(ctx: Context, from_lab: str = "") -> dict[str, Any]:
+    """Every set in the container, newest first."""
+    return run(ctx, lifecycle.existing_server(ctx), ["list", *_container(from_lab)])
+
+
+def verify(ctx: Context, wanted: str, from_lab: str = "") -> dict[str, Any]:
+    """Read back every byte of a set. SafetyStop if anything isn't what it was."""
+    return run(ctx, lifecycle.existing_server(ctx), ["verify", wanted, *_container(from_lab)])
+
+
+def delete(ctx: Context, set_id: str) -> dict[str, Any]:
+    """Delete one set, and the objects that only it named."""
+    return run(ctx, lifecycle.existing_server(ctx), ["delete", set_id])
+
+
+def delete_all(ctx: Context) -> int:
+    """Delete the lab's backup container with everything in it; needs no server. Returns how many objects went."""
+    name = container_of(ctx.lab.lab)
+    with ctx.progress.step(f"delete container {name}") as step:
+        return stores.delete_container(ctx.cloud, name, step.tell)
+
+
+def restore(ctx: Context, wish: Wish) -> tuple[dict[str, Any], Verification]:
+    """Bring a lab back from a backup: host and volume as `up` does, the data, then the services, read back.
+
+    An empty volume gets the data; one with data keeps it untouched, and is served beside it if that was asked for.
+    """
+    keys = known_keys(ctx, wish.from_lab)
+    if wish.key_file:
+        keys.append(_read_key(wish.key_file))
+    server, volume = lifecycle.provide(ctx)
+    lifecycle.converge_host(ctx, server, volume, only=HOST_ROLES)
+    send_keys(ctx, server, keys)
+    result = run(ctx, server, ["restore", *wish.arguments, *_container(wish.from_lab)])
+    return result, _serve(ctx, server)
+
+
+def undo(ctx: Context) -> tuple[dict[str, Any], Verification]:
+    """Serve again what was served before the last restore. Nothing is deleted."""
+    server = lifecycle.existing_server(ctx)
+    result = run(ctx, server, ["undo"])
+    return result, _serve(ctx, server)
+
+
+def _serve(ctx: Context, server: Server) -> Verification:
+    lifecycle.converge_host(ctx, server, lifecycle.existing_volume(ctx), never_format=True)
+    return lifecycle.verify(ctx)
+
+
+def what_stays(ctx: Context) -> str:
+    """What `destroy` leaves, in words; "" where there is nothing."""
+    found = stores.stat(ctx.cloud, container_of(ctx.lab.lab))
+    if found is None or not found.objects:
+        return ""
+    size = f"{found.objects} objects, {found.bytes / 1e6:.1f} MB"
+    return f"The backups stay: container {found.name} ({size}). labctl backup delete --all removes them."
+
+
+def _container(from_lab: str) -> list[str]:
+    return ["--container", container_of(from_lab)] if from_lab else []
+
+
+# -- jobs on the server --------------------------------------------------------------------------------------------
+
+
+def run(ctx: Context, server: Server, arguments: Sequence[str]) -> dict[str, Any]:
+    """Run one of the program's commands on the server and tell its progress. Its error becomes labctl's."""
+    variables = {"backup_job": list(arguments), "backup_job_wait": False, "labctl_version": __version__}
+    started = lifecycle.play(ctx, server, "backup.yml", variables).data.get("backup_job", {})
+    if started.get("running") and started.get("arguments") != list(arguments):
+        running = " ".join(started.get("arguments") or ["another job"])
+        raise ConvergeFailed(
+            f"The server is busy with: {running}.", next_step="wait for it, then run the command again"
+        )
+    return follow(ctx, server, str(started["job"]), f"{arguments[0]} on {server.name}")
+
+
+def follow(ctx: Context, server: Server, job: str, title: str) -> dict[str, Any]:
+    """Wait for a job's end. The job doesn't need the connection, so one that breaks is made anew."""
+    with ctx.progress.step(title) as step:
+        seen, lost_at = -1, 0.0
+        while True:
+            ask = ["wait", "--job", job, "--seen", str(seen), "--seconds", str(ASK_SECONDS)]
+            try:
+                found = on_host(ctx, server, ["sudo", "-n", "python3", PROGRAM, *ask])
+            except HostUnreachable:
+                lost_at = lost_at or time.monotonic()
+                if time.monotonic() - lost_at > RECONNECT_SECONDS:
+                    raise
+                step.tell("the connection broke; the job goes on")
+                time.sleep(1)
+                continue
+            lost_at, seen = 0.0, found["seq"]
+            step.tell(": ".join(part for part in (found.get("step"), found.get("text")) if part))
+            if found["state"] != "running":
+                break
+        if found["state"] != "done":
+            raise error_of(found.get("error") or {})
+    for note in found.get("notes", []):
+        ctx.progress.note(note)
+    return dict(found["result"])
+
+
+def error_of(error: Mapping[str, str]) -> LabctlError:
+    """The program's error as labctl's, with its exit code."""
+    return _KINDS.get(error.get("kind", ""), ConvergeFailed)(
+        error.get("msg", "The job failed without a message."),
+        expected=error.get("expected", ""),
+        found=error.get("found", ""),
+        next_step=error.get("next_step", "run the same command again: it continues"),
+    )
+
+
+def on_host(ctx: Context, server: Server, command: Sequence[str], data: str = "") -> Any:
+    """Run a command on the server that prints JSON; `data` goes to its standard input."""
+    try:
+        done = subprocess.run(
+            ctx.login(server).argv(*command),
+            input=data,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=ASK_SECONDS + SSH_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise HostUnreachable(f"{server.name} doesn't answer.", next_step="labctl status") from None
+    if done.returncode == SSH_FAILED:
+        raise HostUnreachable(
+            f"{server.name} can't be logged into.", found=done.stderr.strip(), next_step="labctl status"
+        )
+    if done.returncode:
+        raise ConvergeFailed("A command on the server failed.", detail=done.stderr.strip()[-500:])
+    return json.loads(done.stdout or "null")
+
+
+# -- keys ----------------------------------------------------------------------------------------------------------
+
+
+def key_folder(ctx: Context, lab: str = "") -> Path:
+    """Where this machine keeps a lab's backup keys."""
+    return resources.state_directory() / ctx.site.name / (lab or ctx.lab.lab) / "backup-keys"
+
+
+def key_id(key: str) -> str:
+    """A key's name, as the program on the server computes it."""
+    return hashlib.sha256(b"labctl backup key\0" + key.encode()).hexdigest()[:12]
+
+
+def keep_key(ctx: Context, server: Server) -> Path:
+    """The volume's backup key into a file (0600) of this machine; returns its path."""
+    found = on_host(ctx, server, ["sudo", "-n", "python3", PROGRAM, "key"])
+    path = key_folder(ctx) / f"{found['key_id']}.key"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as handle:
+            handle.write(found["key"] + "\n")
+        ctx.progress.note(
+            f"The key to this lab's backed-up passwords is in {path}. Keep a copy of it elsewhere: without it a restore"
+            " brings back all data, and makes new passwords."
+        )
+    return path
+
+
+def known_keys(ctx: Context, from_lab: str = "") -> list[str]:
+    """The keys that this machine has for the lab, and for the one whose backup is asked for."""
+    folders = [key_folder(ctx), *([key_folder(ctx, from_lab)] if from_lab else [])]
+    return [path.read_text().strip() for folder in folders for path in sorted(folder.glob("*.key"))]
+
+
+def send_keys(ctx: Context, server: Server, keys: list[str]) -> None:
+    """Keys to the server, through standard input into memory that only root reads; they go when the restore ends."""
+    if keys:
+        script = f"umask 077; mkdir -p {Path(KEYS_ON_HOST).parent}; cat > {KEYS_ON_HOST}"
+        on_host(ctx, server, ["sudo", "-n", "sh", "-c", f"'{script}'"], json.dumps(keys))
+
+
+def _read_key(path: Path) -> str:
+    try:
+        return path.expanduser().read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"The key file {path} can't be read.", found=str(error), source="--key-file", next_step="name another"
+        ) from None
