@@ -57,8 +57,16 @@ class SecretNeeded(ConvergeFailed):
     """The host lacks a secret that only whoever makes a new credential can know."""
 
 
+class UnmountNeeded(ConvergeFailed):
+    """The host can't do it while the volume is mounted and in use."""
+
+
 #: What a module's failure may carry, and the error that it becomes.
-_MARKS: dict[str, type[LabctlError]] = {"safety_stop": SafetyStop, "needs_secret": SecretNeeded}
+_MARKS: dict[str, type[LabctlError]] = {
+    "safety_stop": SafetyStop,
+    "needs_secret": SecretNeeded,
+    "needs_unmount": UnmountNeeded,
+}
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,8 @@ class Context:
         self.progress = progress
         self.confirm = confirm
         self.verbosity = verbosity
+        #: Identities of volumes that are taken over on purpose, as a safety stop printed them.
+        self.accept_volumes: tuple[str, ...] = ()
         self.site: Site = site_of(lab)
 
     @cached_property

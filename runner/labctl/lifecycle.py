@@ -123,6 +123,7 @@ def attach(ctx: Context, server: Server, volume: Volume) -> Volume:
     """The volume attached to the server, which no other server may have."""
     if volume.status == "in-use" and volume.attached_to == server.id:
         return volume
+    volumes.refuse_second(ctx.cloud, server, volume, ctx.lab.lab)
     with ctx.progress.step(f"attach {volume.name}") as step:
         return volumes.attach(ctx.cloud, server, volume, step.tell)
 
@@ -149,10 +150,15 @@ def converge_host(
     check: bool = False,
     only: Sequence[str] = (),
     never_format: bool = False,
+    grow: bool = False,
 ) -> Outcome:
     """Run the roles on a host whose volume is attached. A credential that the host lacks is made first."""
     options: dict[str, Any] = {"tags": only, "check": check, "volume": volume}
-    variables = {"block_volume_format": "never"} if never_format else {}
+    variables: dict[str, Any] = {"block_volume_format": "never"} if never_format else {}
+    if grow:
+        variables.update(block_volume_grow=True, block_volume_size_gib=volume.size_gib)
+    if ctx.accept_volumes:
+        variables["block_volume_accept_marker"] = ",".join(ctx.accept_volumes)
     if check and META_CREDENTIAL not in server.metadata:
         variables["rclone_application_credential_id"] = "the-one-that-converge-makes"
     needs_remote = not only or "rclone" in only

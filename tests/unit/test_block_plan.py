@@ -116,6 +116,8 @@ STOPPED = [
     ("a squashfs", whole("squashfs"), "read-only image"),
     ("an unknown member", whole("newthing_member", "raid"), "something larger"),
     ("a signature that only wipefs knows", whole("", "", signatures=((0, "odd"),)), "odd"),
+    ("ext4 with a damaged superblock", whole("", "", signatures=((1080, "ext4"),)), "damaged"),
+    ("a GPT's header at the end and nothing else", blank(content=DATA, signatures=((2 * GIB - 512, "gpt"),)), "gpt"),
     ("contradicting signatures", whole("", "", ambivalent=True, signatures=((0, "xfs"), (1080, "ext4"))), "contradict"),
     ("ext4 with an old RAID's superblock behind it", whole("ext4", signatures=((0, "ext4"), (9, "mdraid"))), "else"),
     ("a filesystem without UUID", whole("minix", uuid=""), "no UUID"),

@@ -19,6 +19,7 @@ from ansible.module_utils.block_bytes import device_size, read_behind, read_cont
 from ansible.module_utils.block_host import (
     ask,
     device_number,
+    disk_of,
     installed,
     kernel_path,
     mounts,
@@ -39,7 +40,7 @@ from ansible.module_utils.block_model import (
     Table,
     Wanted,
 )
-from ansible.module_utils.block_plan import content_wanted, partition_name
+from ansible.module_utils.block_plan import backup_only, content_wanted, partition_name
 from ansible.module_utils.block_superblock import ext_state, filesystem_size
 from ansible.module_utils.block_table import half_written, read_table
 
@@ -82,7 +83,7 @@ def snapshot(disk_path: str, wanted: Wanted, read_limit: int) -> Facts:
         for child in (os.listdir(home) if os.path.isdir(home) else ())
         if os.path.exists(f"{home}/{child}/partition")
     ]
-    if content_wanted(disk, bool(partitions)):
+    if content_wanted(disk, bool(partitions)) or (backup_only(disk) and not partitions):
         content = read_content(disk_path, disk.size, read_limit)
         if content.data_at is not None:
             content = replace(content, unfinished=bool(half_written(disk_path, wanted, read_limit)))
@@ -177,6 +178,7 @@ def read_area(path: str, held: bool = False) -> Area:
 
 def exclusive_refused(path: str) -> bool:
     """Whether O_EXCL is refused, which the kernel does for mounts (in any namespace), holders and swap."""
+    whole = device_number(path)
     for _ in range(5):  # a probing tool may hold it for a moment
         try:
             os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
@@ -184,8 +186,8 @@ def exclusive_refused(path: str) -> bool:
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
-        if any(m.number == device_number(path) for m in mounts()):
-            return True
+        if any(whole in (m.number, disk_of(m.number)) for m in mounts()):
+            return True  # it, or a partition of it, is mounted: no use to wait
         time.sleep(0.2)
     return True
 

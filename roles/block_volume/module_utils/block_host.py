@@ -123,6 +123,15 @@ def sysfs(number: int) -> str:
     return os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
 
 
+def disk_of(number: int) -> int:
+    """The device number of a partition's disk, 0 if it isn't a partition."""
+    home = sysfs(number)
+    if not os.path.exists(f"{home}/partition"):
+        return 0
+    major, _, minor = read_text(f"{os.path.dirname(home)}/dev").partition(":")
+    return os.makedev(int(major or 0), int(minor or 0))
+
+
 def sector_size(path: str) -> int:
     """Bytes of the logical sector of a disk, or of a partition's disk; 512 for a file."""
     home = sysfs(device_number(path))

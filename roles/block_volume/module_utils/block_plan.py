@@ -114,6 +114,11 @@ def content_wanted(area: Area, partitioned: bool = False) -> bool:
     )
 
 
+def backup_only(disk: Area) -> bool:
+    """Whether all that is recognised is a GPT's header at the end: a run of ours that was cut off may leave that."""
+    return not (disk.kind or disk.usage or disk.table) and {kind for _offset, kind in disk.signatures} == {"gpt"}
+
+
 def areas(facts: Facts) -> tuple[Area, ...]:
     """The disk and its partitions."""
     return (facts.disk, *(p.area for p in facts.partitions))
@@ -195,9 +200,11 @@ def _content(facts: Facts, wanted: Wanted) -> Plan:
             found=", ".join(p.area.path for p in facts.partitions),
             next_step="the table may have been destroyed: look for its backup with `gdisk`, don't write to the disk",
         )
+    if disk.content.unfinished:
+        return _blank(disk, wanted, resume=True)
     if disk.kind or disk.usage or disk.signatures:
         return _filesystem(disk, 0)
-    return _blank(disk, wanted, resume=disk.content.unfinished)
+    return _blank(disk, wanted, resume=False)
 
 
 def _contradiction(area: Area) -> Plan:
@@ -277,6 +284,13 @@ def ours(facts: Facts, wanted: Wanted) -> bool:
 
 
 def _filesystem(area: Area, number: int) -> Plan:
+    if not (area.kind or area.table) and {kind for _offset, kind in area.signatures} in ({"ext2"}, {"ext3"}, {"ext4"}):
+        return stop(
+            f"the superblock of the ext filesystem on {area.path} is damaged",
+            expected="a superblock whose checksum is right",
+            found="a magic number, and nothing else that fits (a tool that was killed while it wrote leaves that)",
+            next_step=f"after a snapshot of the volume: `e2fsck -f {area.path}` (it asks before each repair)",
+        )
     what = NOT_VOLUMES.get(area.kind) or ("a member of something larger" if area.kind.endswith("_member") else "")
     if area.table:
         what = f"a partition table ({area.table}) of its own"

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from ansible.module_utils import block_table
@@ -24,6 +25,7 @@ from ansible.module_utils.block_bytes import (
 from ansible.module_utils.block_facts import exclusive_refused, read_area
 from ansible.module_utils.block_host import ask, kernel_path, mounts, read_text, serial_of, sysfs
 from ansible.module_utils.block_model import LAYOUT_VERSION, Area, Facts, Plan, Wanted
+from ansible.module_utils.block_plan import backup_only
 from ansible.module_utils.block_superblock import ext_state
 from ansible.module_utils.block_table import Failed, must, read_table, write_all
 
@@ -63,7 +65,8 @@ def initialise(plan: Plan, facts: Facts, wanted: Wanted, first_write: Callable[[
     if not in_partition:
         with held(disk) as fd:
             same_disk(fd, facts)
-            still_nothing(read_area(disk, held=True))
+            area = read_area(disk, held=True)
+            still_nothing(replace(area, signatures=()) if plan.resume and backup_only(area) else area)
             uuid = block_table.half_written(disk, wanted, facts.disk.size) if plan.resume else time_uuid()
             if not uuid:
                 raise Refused(f"{disk} holds more than an unfinished table of labctl's")

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from labctl import __version__
-from labctl.cli import life, look, sandbox, use
+from labctl.cli import backup, life, look, sandbox, use, volume
 from labctl.cli.core import guarded, options
 
 app = typer.Typer(
@@ -22,8 +22,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Disposable compute and durable data for a machine-learning lab on Chameleon. Every command can be run again.",
 )
-for part in (life, look, use):
+for part in (life, look, use, backup):
     app.add_typer(part.app)
+app.add_typer(volume.app, name="volume")
 app.add_typer(sandbox.app, name="sandbox")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,13 +40,15 @@ options = Options()
 err = Console(stderr=True)
 
 
-def context() -> Context:
-    """The lab that the global options name."""
+def context(accept_volumes: Sequence[str] | None = None) -> Context:
+    """The lab that the global options name. `accept_volumes`: identities that are taken over on purpose."""
     from labctl import lab
     from labctl.context import Context
 
     found = lab.load(lab.find_file(options.lab_file))
-    return Context(found, progress(), confirm, max(0, options.verbosity - 1))
+    ctx = Context(found, progress(), confirm, max(0, options.verbosity - 1))
+    ctx.accept_volumes = tuple(accept_volumes or ())
+    return ctx
 
 
 def progress() -> Any:

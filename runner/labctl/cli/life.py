@@ -25,12 +25,18 @@ def init(
     emit({"file": str(path)}, f"Wrote {path}. Next: labctl up")
 
 
+Accept = Annotated[
+    list[str] | None,
+    typer.Option("--accept-volume", metavar="IDENTITY", help="take over the volume that a safety stop named so"),
+]
+
+
 @app.command()
-def up() -> None:
+def up(accept_volume: Accept = None) -> None:
     """Bring the whole lab up: VM, address, ports, volume, object store, services. Safe to run again: it continues."""
     from labctl import lifecycle
 
-    ctx = context()
+    ctx = context(accept_volume)
     report(lifecycle.up(ctx))
     summary(ctx)
 
@@ -39,6 +45,7 @@ def up() -> None:
 def converge(
     check: Annotated[bool, typer.Option("--check", help="say what would change, change nothing")] = False,
     only: Annotated[list[str] | None, typer.Option("--only", metavar="ROLE", help="only this role; repeatable")] = None,
+    accept_volume: Accept = None,
 ) -> None:
     """Bring the server to what lab.yaml says. Safe to run again: a second run changes nothing."""
     from labctl import lifecycle
@@ -51,16 +58,16 @@ def converge(
                 source="--only",
                 next_step="labctl converge --help",
             )
-    ctx = context()
+    ctx = context(accept_volume)
     report(lifecycle.converge(ctx, check=check, only=only or ()), check=check)
 
 
 @app.command(name="reattach-volume")
-def reattach_volume() -> None:
+def reattach_volume(accept_volume: Accept = None) -> None:
     """After the VM was made anew: attach the volume, prove it is the lab's, mount, start, verify. Formats nothing."""
     from labctl import lifecycle
 
-    ctx = context()
+    ctx = context(accept_volume)
     verified(lifecycle.reattach_volume(ctx))
 
 
@@ -68,11 +75,11 @@ Force = Annotated[bool, typer.Option("--force", help="go on where the host can't
 
 
 @app.command()
-def rebuild(force: Force = False) -> None:
+def rebuild(force: Force = False, accept_volume: Accept = None) -> None:
     """Replace the VM by a new one; volume, object store and address stay. Reads everything back. Safe to run again."""
     from labctl import lifecycle
 
-    ctx = context()
+    ctx = context(accept_volume)
     verified(lifecycle.rebuild(ctx, force=force))
 
 
@@ -98,6 +105,7 @@ def down(force: Force = False) -> None:
 @app.command()
 def destroy(force: Force = False) -> None:
     """Delete the lab WITH ALL ITS DATA, after asking for its name. Safe to run again."""
+    from labctl import backup as backups
     from labctl import lifecycle
 
     ctx = context()
@@ -108,5 +116,6 @@ def destroy(force: Force = False) -> None:
         typed = ask(f"This deletes all of it for good. Type the lab's name ({ctx.lab.lab}) to go on: ")
         if typed != ctx.lab.lab:
             raise ConfigError("That is not the lab's name: nothing was deleted.", next_step="labctl destroy")
+    stays = backups.what_stays(ctx)
     lifecycle.destroy(ctx, force=force)
-    emit({"destroyed": list(doomed.lines)}, "The lab is gone.")
+    emit({"destroyed": list(doomed.lines), "stays": stays}, f"The lab is gone. {stays}".strip())

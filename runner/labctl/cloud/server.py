@@ -7,7 +7,7 @@ from typing import Any
 
 from labctl.cloud.refusals import refusals, status_of
 from labctl.cloud.session import Cloud
-from labctl.cloud.wait import wait_until
+from labctl.cloud.wait import wait_gone, wait_until
 from labctl.errors import CloudRefused
 from labctl.models import Server, Tell
 
@@ -48,6 +48,12 @@ def find(cloud: Cloud, name: str, tell: Tell | None = None) -> Server | None:
             next_step="rename or delete the others: openstack server set --name NEW ID",
         )
     return record(found[0]) if found else None
+
+
+def names(cloud: Cloud) -> dict[str, str]:
+    """Names of the project's servers by id. One request."""
+    with refusals("list the servers"):
+        return {str(s.id): str(s.name) for s in cloud.compute.compute.servers(details=False)}
 
 
 def get(cloud: Cloud, server_id: str) -> Server | None:
@@ -291,11 +297,11 @@ def delete(cloud: Cloud, server_id: str, tell: Tell, *, wait: bool = True, timeo
 def _wait_gone(cloud: Cloud, server_id: str, tell: Tell, timeout: float) -> None:
     tries = 1
 
-    def look() -> tuple[bool | None, str]:
+    def look() -> str:
         nonlocal tries
         server = get(cloud, server_id)
         if server is None:
-            return True, "gone"
+            return ""
         if server.status == "ERROR":
             # A deletion that failed half-way (Nova's database was busy, seen) leaves ERROR; asking again finishes it.
             if tries == DELETE_TRIES:
@@ -303,11 +309,6 @@ def _wait_gone(cloud: Cloud, server_id: str, tell: Tell, timeout: float) -> None
             tries += 1
             with refusals(f"delete server {server.name}"):
                 cloud.compute.compute.delete_server(server_id, ignore_missing=True)
-        return None, f"server {server.name} is being deleted"
+        return f"server {server.name} is being deleted"
 
-    gone, seen, passed = wait_until(look, tell, timeout)
-    if not gone:
-        raise CloudRefused(
-            f"{seen}, and not gone after {passed:.0f} s",
-            next_step="run the same command again, or ask the site's help desk",
-        )
+    wait_gone(look, tell, timeout)

@@ -1,13 +1,14 @@
-"""Block volumes: find, create, attach, detach, delete. A volume's data is never touched, its state always respected."""
+"""Block volumes: find, create, attach, extend, detach, delete. Data is never touched, a state always respected."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
+from labctl.cloud import META_LAB
 from labctl.cloud.refusals import refusals, status_of, words_of
 from labctl.cloud.session import Cloud
-from labctl.cloud.wait import wait_until
-from labctl.errors import CloudRefused
+from labctl.cloud.wait import wait_gone, wait_until
+from labctl.errors import CloudRefused, SafetyStop
 from labctl.models import Server, Tell, Volume
 
 #: Seconds for creating, attaching, detaching and deleting. Seconds usually; a Ceph back end under load takes a minute.
@@ -16,6 +17,9 @@ STATUS_TIMEOUT = 180
 #: States that pass by themselves.
 PASSING = frozenset({"creating", "attaching", "detaching", "reserved", "downloading", "extending", "deleting"})
 
+
+#: The API version from which Cinder extends a volume that is attached (3.42, OpenStack Pike).
+ONLINE_EXTEND = "3.42"
 
 #: What Nova's 400 says when trying again in a second helps.
 _RACES = ("status must be", "already attached to instances")
@@ -101,23 +105,75 @@ def set_metadata(cloud: Cloud, volume_id: str, **metadata: str) -> None:
 
 def wait_status(cloud: Cloud, volume_id: str, wanted: str, tell: Tell, timeout: float = STATUS_TIMEOUT) -> Volume:
     """Waits for the status `wanted`. Raises CloudRefused on an error state and after `timeout` seconds."""
-    seen: list[Volume] = []
 
     def look() -> tuple[Volume | None, str]:
-        volume = get(cloud, volume_id)
-        if volume is None:
-            raise CloudRefused(
-                f"volume {volume_id} vanished while it was waited for", next_step="openstack volume list"
-            )
-        seen[:] = [volume]
-        if volume.status.startswith("error"):
-            raise _in_error(volume)
+        volume = _standing(cloud, volume_id)
         return (volume if volume.status == wanted else None), f"volume {volume.name} is {volume.status}"
 
     volume, _, _ = wait_until(look, tell, timeout)
+    return volume or _raise_stuck(cloud, volume_id, wanted, timeout)
+
+
+def settled(cloud: Cloud, volume_id: str, tell: Tell, timeout: float = STATUS_TIMEOUT) -> Volume:
+    """Waits until the volume is in none of the states that pass by themselves."""
+
+    def look() -> tuple[Volume | None, str]:
+        volume = _standing(cloud, volume_id)
+        return (None if volume.status in PASSING else volume), f"volume {volume.name} is {volume.status}"
+
+    volume, _, _ = wait_until(look, tell, timeout)
+    return volume or _raise_stuck(cloud, volume_id, "available or in-use", timeout)
+
+
+def _standing(cloud: Cloud, volume_id: str) -> Volume:
+    """The volume as it is now. Raises CloudRefused when it is gone or in an error state."""
+    volume = get(cloud, volume_id)
     if volume is None:
-        raise _stuck(seen[0], wanted, timeout)
+        raise CloudRefused(f"volume {volume_id} is gone", next_step="openstack volume list")
+    if volume.status.startswith("error"):
+        raise _in_error(volume)
     return volume
+
+
+def _raise_stuck(cloud: Cloud, volume_id: str, wanted: str, waited: float, said: str = "") -> NoReturn:
+    raise _stuck(_standing(cloud, volume_id), wanted, waited, said)
+
+
+def extend(cloud: Cloud, volume: Volume, size_gib: int, tell: Tell, timeout: float = STATUS_TIMEOUT) -> Volume:
+    """Makes the volume `size_gib` GiB large, attached or not, and waits until it is; nothing to do when it is.
+
+    What is on it doesn't change: the partition and the filesystem are grown on the host. Raises CloudRefused with
+    the quota's words, when it is larger already, and where the cloud can't extend an attached volume.
+    """
+    now = settled(cloud, volume.id, tell, timeout)
+    if now.size_gib == size_gib:
+        return now
+    if now.size_gib > size_gib:
+        raise CloudRefused(f"volume {now.name} has {now.size_gib} GiB: volumes never shrink", found=f"{size_gib} asked")
+    body = {"os-extend": {"new_size": size_gib}}
+    advice = (
+        "if it can't be extended while it is attached: labctl volume detach, extend, labctl up" if _used(now) else ""
+    )
+    with refusals(f"extend volume {now.name} from {now.size_gib} to {size_gib} GiB", next_step=advice):
+        from openstack.exceptions import raise_from_response
+
+        version = ONLINE_EXTEND if _used(now) else None
+        raise_from_response(
+            cloud.compute.block_storage.post(f"/volumes/{now.id}/action", json=body, microversion=version)
+        )
+    extended = settled(cloud, now.id, tell, timeout)
+    if extended.size_gib != size_gib:
+        raise CloudRefused(
+            f"the cloud didn't extend volume {now.name}",
+            expected=f"{size_gib} GiB",
+            found=f"{extended.size_gib} GiB, {extended.status}",
+            next_step="run the same command again; why: openstack volume message list",
+        )
+    return extended
+
+
+def _used(volume: Volume) -> bool:
+    return volume.status == "in-use" or volume.attached_to is not None
 
 
 def attach(cloud: Cloud, server: Server, volume: Volume, tell: Tell, timeout: float = STATUS_TIMEOUT) -> Volume:
@@ -129,12 +185,8 @@ def attach(cloud: Cloud, server: Server, volume: Volume, tell: Tell, timeout: fl
     asked: list[bool] = []
 
     def look() -> tuple[Volume | None, str]:
-        now = get(cloud, volume.id)
-        if now is None:
-            raise CloudRefused(f"volume {volume.name} ({volume.id}) is gone", next_step="openstack volume list")
+        now = _standing(cloud, volume.id)
         said = f"attaching volume {now.name}: it is {now.status}"
-        if now.status.startswith("error"):
-            raise _in_error(now)
         if now.status == "in-use" and now.attached_to == server.id:
             return now, said
         if now.status == "in-use":
@@ -148,10 +200,7 @@ def attach(cloud: Cloud, server: Server, volume: Volume, tell: Tell, timeout: fl
         return None, said
 
     attached, seen, _ = wait_until(look, tell, timeout)
-    if attached is None:
-        now = get(cloud, volume.id) or volume
-        raise _stuck(now, "in-use", timeout, said=seen)
-    return attached
+    return attached or _raise_stuck(cloud, volume.id, "in-use", timeout, seen)
 
 
 def _request_attachment(cloud: Cloud, server: Server, volume: Volume) -> str:
@@ -189,6 +238,23 @@ def refuse_if_used(cloud: Cloud, volume: Volume, server: Server | None) -> None:
     )
 
 
+def refuse_second(cloud: Cloud, server: Server, volume: Volume, lab: str) -> None:
+    """Raises SafetyStop when the server has another volume of the lab: it would be written to as if it were this one.
+
+    Happens when the volume's name in lab.yaml was changed, or the name was given to another volume. One request.
+    """
+    for other in list_volumes(cloud):
+        if other.attached_to == server.id and other.id != volume.id and other.metadata.get(META_LAB) == lab:
+            raise SafetyStop(
+                f"server {server.name} has another volume of the lab {lab}",
+                expected=f"{volume.name} ({volume.id}) or none",
+                found=f"{other.name} ({other.id}), attached as {other.device}",
+                source="volume.name in lab.yaml",
+                next_step=f"labctl volume detach {other.id}, then the same command again; "
+                f"or, if that one is right, give its name in lab.yaml",
+            )
+
+
 def detach(cloud: Cloud, server_id: str, volume: Volume, tell: Tell, timeout: float = STATUS_TIMEOUT) -> Volume:
     """Detaches the volume from the server and waits for `available`; nothing to do when it is. Unmount first.
 
@@ -196,11 +262,7 @@ def detach(cloud: Cloud, server_id: str, volume: Volume, tell: Tell, timeout: fl
     """
 
     def look() -> tuple[Volume | None, str]:
-        now = get(cloud, volume.id)
-        if now is None:
-            raise CloudRefused(f"volume {volume.name} ({volume.id}) is gone", next_step="openstack volume list")
-        if now.status.startswith("error"):
-            raise _in_error(now)
+        now = _standing(cloud, volume.id)
         if now.status == "in-use" and now.attached_to and now.attached_to != server_id:
             raise CloudRefused(
                 f"volume {now.name} is attached to another server",
@@ -215,9 +277,7 @@ def detach(cloud: Cloud, server_id: str, volume: Volume, tell: Tell, timeout: fl
         return (now if now.status == "available" else None), said
 
     detached, seen, _ = wait_until(look, tell, timeout)
-    if detached is None:
-        raise _stuck(get(cloud, volume.id) or volume, "available", timeout, said=seen)
-    return detached
+    return detached or _raise_stuck(cloud, volume.id, "available", timeout, seen)
 
 
 def _request_detachment(cloud: Cloud, server_id: str, volume: Volume) -> str:
@@ -239,7 +299,7 @@ def delete(cloud: Cloud, volume: Volume, tell: Tell, timeout: float = STATUS_TIM
     now = get(cloud, volume.id)
     if now is None:
         return False
-    if now.attached_to or now.status == "in-use":
+    if _used(now):
         raise CloudRefused(
             f"volume {now.name} is attached and was not deleted",
             expected="a volume that no server has",
@@ -249,15 +309,13 @@ def delete(cloud: Cloud, volume: Volume, tell: Tell, timeout: float = STATUS_TIM
     with refusals(f"delete volume {now.name}"):
         cloud.compute.block_storage.delete_volume(now.id, ignore_missing=True)
 
-    def look() -> tuple[bool | None, str]:
+    def look() -> str:
         left = get(cloud, volume.id)
         if left is not None and left.status.startswith("error"):
             raise _in_error(left)
-        return (True if left is None else None), f"volume {volume.name} is being deleted"
+        return f"volume {volume.name} is being deleted" if left else ""
 
-    gone, seen, passed = wait_until(look, tell, timeout)
-    if not gone:
-        raise CloudRefused(f"{seen}, and not gone after {passed:.0f} s", next_step="run the same command again")
+    wait_gone(look, tell, timeout)
     return True
 
 

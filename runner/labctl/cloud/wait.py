@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from labctl.errors import CloudRefused
 from labctl.models import Tell
 
 #: Seconds between two looks. States change within seconds; once a second keeps `tell` below its 2 s and the API calm.
@@ -30,3 +31,21 @@ def wait_until(
             return result, seen, passed
         tell(f"{seen}, {passed:.0f} s")
         time.sleep(min(interval, max(0.0, timeout - passed)))
+
+
+def wait_gone(look: Callable[[], str], tell: Tell, timeout: float) -> None:
+    """Waits until something that is being deleted is gone: until `look` returns "" instead of a sentence about it.
+
+    Raises CloudRefused after `timeout` seconds.
+    """
+
+    def gone() -> tuple[bool | None, str]:
+        seen = look()
+        return (None if seen else True), seen
+
+    done, seen, passed = wait_until(gone, tell, timeout)
+    if not done:
+        raise CloudRefused(
+            f"{seen}, and not gone after {passed:.0f} s",
+            next_step="run the same command again, or ask the site's help desk",
+        )
