@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import time
 from dataclasses import dataclass
@@ -133,6 +134,18 @@ def run_python(login: Login, script: Path, *arguments: str, timeout: float = 60)
 def replace_process(login: Login, command: list[str]) -> None:
     """Become ssh, logged into the server or running a command there; does not return."""
     os.execvp("ssh", login.argv(*command, batch=False))  # noqa: S606 (no shell is what is wanted)
+
+
+def wait_for_port(port: int, seconds: float = 30) -> bool:
+    """Whether something listens on this machine's 127.0.0.1:port by then."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            probe.settimeout(1)
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return True
+        time.sleep(0.2)
+    return False
 
 
 def forward_ports(login: Login, ports: list[int]) -> None:

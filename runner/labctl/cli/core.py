@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +61,13 @@ def progress() -> Any:
 def confirm(question: str) -> bool:
     """A yes-or-no question to the person at the terminal; `--yes` answers it."""
     return options.yes or ask(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+
+def one_of(known: Iterable[str], given: str, source: str) -> None:
+    """Raises ConfigError unless what was given is one of the known words."""
+    words = tuple(known)
+    if given not in words:
+        raise ConfigError(f"{source} can't be {given}.", expected=f"one of {', '.join(words)}", source=source)
 
 
 def ask(question: str) -> str:

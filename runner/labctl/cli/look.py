@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from labctl.cli.core import context, emit, options, table, verified
+from labctl.cli.core import context, emit, err, one_of, options, table, verified
 
 app = typer.Typer()
 
@@ -19,6 +19,41 @@ def status() -> None:
 
     found = observe.status(context())
     emit(found.as_dict(), table(found.rows()))
+
+
+@app.command()
+def doctor() -> None:
+    """Check tools, lab.yaml, key, logins, quota, image, server; say what to mend. Changes nothing, makes nothing."""
+    from labctl import doctor as doctors
+
+    marks = {doctors.OK: "✓", doctors.WARNING: "!", doctors.FAILED: "✗"}
+    findings = []
+    for one in doctors.examine(context):
+        findings.append(one)
+        err.print(f"{marks[one.state]} {one.check}: {one.found}", markup=False, highlight=False, soft_wrap=True)
+        if one.next_step:
+            err.print(f"    next: {one.next_step}", markup=False, highlight=False, soft_wrap=True)
+    emit(doctors.as_document(findings), "")
+    worst = next((one.exit_code for one in findings if one.state == doctors.FAILED), 0)
+    if worst:
+        raise typer.Exit(worst)
+
+
+@app.command()
+def logs(
+    service: Annotated[str, typer.Argument(metavar="SERVICE", help="mlflow, postgres, s3 or jupyter")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on as it is written, until Ctrl-C")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="how many lines from the end")] = 200,
+) -> None:
+    """Show what a service wrote last. Changes nothing."""
+    from labctl import lifecycle
+    from labctl.context import SERVICE_IMAGES
+    from labctl.ssh import replace_process
+
+    one_of(SERVICE_IMAGES, service, "SERVICE")
+    ctx = context()
+    options_ = ["--tail", str(lines), *(["--follow"] if follow else [])]
+    replace_process(ctx.login(lifecycle.existing_server(ctx)), ["sudo", "docker", "logs", *options_, service])
 
 
 @app.command()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from labctl.cli.core import context, err, report
+from labctl.cli.core import context, err, one_of, report
 
 app = typer.Typer()
 
@@ -61,3 +61,29 @@ def tunnel() -> None:
         err.print(f"{name}: http://127.0.0.1:{port}", markup=False, highlight=False)
     err.print("Ctrl-C ends it.")
     forward_ports(login, list(ports.values()))
+
+
+@app.command(name="open")
+def open_service(
+    service: Annotated[str, typer.Argument(metavar="SERVICE", help="mlflow, s3_console or jupyter")] = "mlflow",
+) -> None:
+    """Open a service in this machine's browser, through a tunnel that lasts until Ctrl-C."""
+    import threading
+    import webbrowser
+
+    from labctl import lifecycle
+    from labctl.ssh import forward_ports, wait_for_port
+
+    one_of(("mlflow", "s3_console", "jupyter"), service, "SERVICE")
+    ctx = context()
+    port = ctx.ports[service]
+    login = ctx.login(lifecycle.existing_server(ctx))
+    url = f"http://127.0.0.1:{port}"
+
+    def show() -> None:
+        if wait_for_port(port):
+            webbrowser.open(url)
+
+    err.print(f"{service}: {url} (Ctrl-C ends it)", markup=False, highlight=False)
+    threading.Thread(target=show, daemon=True).start()
+    forward_ports(login, [port])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -104,6 +105,26 @@ def list_ours(cloud: Cloud, lab: str) -> list[Credential]:
         for c in listed
         if str(c.name).startswith(f"labctl-{lab}-") and str(c.description or "").startswith(prefix)
     ]
+
+
+@dataclass(frozen=True)
+class LoginCredential:
+    """The application credential that labctl itself logs in with. `expires_at` is UTC, None for never."""
+
+    name: str
+    expires_at: str | None
+    unrestricted: bool
+
+
+def of_login(cloud: Cloud) -> LoginCredential | None:
+    """What the compute login is made with, or None for a password or a token. One request at most."""
+    session = cloud.compute.session
+    used = session.auth.get_access(session).application_credential_id
+    if not used:
+        return None
+    with refusals("read the login's application credential"):
+        found = cloud.compute.identity.get_application_credential(cloud.user_id, used)
+    return LoginCredential(str(found.name), found.expires_at, bool(found.unrestricted))
 
 
 def delete(cloud: Cloud, credential_id: str) -> bool:

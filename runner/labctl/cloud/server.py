@@ -126,6 +126,13 @@ def create(
         return record(cloud.compute.compute.get_server(made.id))
 
 
+def check_choices(cloud: Cloud, image: str, flavor: str, network: str) -> None:
+    """Raises CloudRefused, listing what there is, unless a server could be made of these. Three requests."""
+    _image(cloud, image)
+    _flavor(cloud, flavor)
+    network_of(cloud, network)
+
+
 def _image(cloud: Cloud, wanted: str) -> str:
     with refusals(f"look for image {wanted}"):
         found = [i for i in cloud.compute.image.images(name=wanted) if i.name == wanted]

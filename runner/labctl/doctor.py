@@ -1,0 +1,170 @@
+"""Everything that has to be right before a lab can come up, looked at without making anything.
+
+Each check says what it found and, where that isn't enough, the next thing to do. A check that can't be made because an
+earlier one failed is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from labctl.errors import LabctlError
+
+OK, WARNING, FAILED = "ok", "warning", "failed"
+#: Tokens and leases are compared with this machine's clock; Keystone itself forgives about as much.
+CLOCK_SKEW = timedelta(seconds=60)
+#: A credential that ends sooner is worth a word.
+ENDS_SOON = timedelta(days=7)
+#: Seconds for a first answer from sshd.
+LOGIN_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check. `exit_code` is what the error would have ended a command with."""
+
+    check: str
+    state: str
+    found: str
+    next_step: str = ""
+    exit_code: int = 0
+
+
+def failed(check: str, error: LabctlError) -> Finding:
+    """A finding from what labctl itself would have said."""
+    said = " ".join(part for part in (error.what, error.found and f"found: {error.found}") if part)
+    return Finding(check, FAILED, said, error.next_step, error.exit_code)
+
+
+def examine(make_context: Callable[[], Any]) -> Iterator[Finding]:
+    """Check after check. `make_context` reads lab.yaml."""
+    yield from _tools()
+    try:
+        ctx = make_context()
+    except LabctlError as error:
+        yield failed("lab.yaml", error)
+        return
+    yield Finding("lab.yaml", OK, f"lab {ctx.lab.lab} on {ctx.site.name}")
+    yield _key(ctx)
+    try:
+        cloud = ctx.cloud
+    except LabctlError as error:
+        yield failed("compute login", error)
+        return
+    yield Finding("compute login", OK, f"project {cloud.project_id} at {cloud.auth_url}, region {cloud.region}")
+    for check, examined in (
+        ("clock", _clock),
+        ("object store login", _store),
+        ("credential", _credential),
+        ("image, flavor, network", _choices),
+        ("quota", _quota),
+        ("images", lambda ctx: Finding("images", OK, ", ".join(sorted(ctx.images.references)))),
+        ("server", _server),
+    ):
+        try:
+            yield examined(ctx)
+        except LabctlError as error:
+            yield failed(check, error)
+
+
+def _tools() -> Iterator[Finding]:
+    missing = [name for name in ("ssh", "ssh-keygen") if shutil.which(name) is None]
+    if missing:
+        yield Finding("tools", FAILED, f"not in PATH: {', '.join(missing)}", "install the package openssh-client", 2)
+    else:
+        yield Finding("tools", OK, "ssh, ssh-keygen")
+
+
+def _key(ctx: Any) -> Finding:
+    key: Path = ctx.ssh_key
+    if not key.exists():
+        return Finding("SSH key", OK, f"{key}: made by the first labctl up")
+    mode = key.stat().st_mode & 0o777
+    if mode & 0o077:
+        return Finding("SSH key", FAILED, f"{key} is readable by others ({mode:04o})", f"chmod 600 {key}", 2)
+    if not os.access(key, os.R_OK):
+        return Finding("SSH key", FAILED, f"{key} can't be read", f"check the owner of {key}", 2)
+    return Finding("SSH key", OK, str(key))
+
+
+def _clock(ctx: Any) -> Finding:
+    """By the time at which Keystone says that it issued the token, a moment ago."""
+    session = ctx.cloud.compute.session
+    skew = datetime.now(UTC) - session.auth.get_access(session).issued
+    if abs(skew) > CLOCK_SKEW:
+        off = f"this machine's clock is {abs(skew.total_seconds()):.0f} s {'ahead' if skew > CLOCK_SKEW else 'behind'}"
+        return Finding("clock", FAILED, off, "set it: timedatectl set-ntp true", 2)
+    return Finding("clock", OK, "agrees with the cloud's")
+
+
+def _store(ctx: Any) -> Finding:
+    from labctl.cloud import store
+
+    store.stat(ctx.cloud, ctx.lab.container_name)
+    return Finding("object store login", OK, f"{ctx.cloud.object_auth_url}, region {ctx.cloud.object_region}")
+
+
+def _credential(ctx: Any) -> Finding:
+    """The kind of login, and for an application credential how long it lives and what it may do."""
+    from labctl.cloud import credential
+
+    used = credential.of_login(ctx.cloud)
+    if used is None:
+        return Finding("credential", OK, "password or token login")
+    ends = used.expires_at or "never"
+    if not used.unrestricted:
+        return Finding(
+            "credential",
+            WARNING,
+            f"application credential {used.name} (ends {ends}) is restricted: it can't make the server's own",
+            "make an unrestricted one in Horizon (Identity > Application Credentials), or log in by password or token",
+        )
+    if used.expires_at and datetime.fromisoformat(used.expires_at).replace(tzinfo=UTC) - datetime.now(UTC) < ENDS_SOON:
+        return Finding("credential", WARNING, f"application credential {used.name} ends {ends}", "make a new one")
+    return Finding("credential", OK, f"application credential {used.name}, unrestricted, ends {ends}")
+
+
+def _choices(ctx: Any) -> Finding:
+    from labctl.cloud import server
+
+    server.check_choices(ctx.cloud, ctx.lab.server.image, ctx.lab.server.flavor, ctx.site.network)
+    return Finding("image, flavor, network", OK, f"{ctx.lab.server.image}, {ctx.lab.server.flavor}, {ctx.site.network}")
+
+
+def _quota(ctx: Any) -> Finding:
+    """Only what the lab doesn't have yet has to fit."""
+    from labctl.cloud import quota, server, volume
+
+    has_server = server.find(ctx.cloud, ctx.lab.server_name) is not None
+    has_volume = volume.find(ctx.cloud, ctx.lab.volume_name) is not None
+    rooms = quota.room(ctx.cloud)
+    needed = {} if has_server else {"instances": 1, "floating IPs": 1}
+    needed |= {} if has_volume else {"volumes": 1, "gigabytes": ctx.lab.volume.size_gib}
+    full = [f"{what} ({rooms[what]})" for what, more in needed.items() if not rooms[what].fits(more)]
+    if full:
+        advice = "delete what the project doesn't need, or ask the site for more"
+        return Finding("quota", FAILED, f"used up: {', '.join(full)}", advice, 3)
+    return Finding("quota", OK, "; ".join(f"{what} {one}" for what, one in rooms.items()))
+
+
+def _server(ctx: Any) -> Finding:
+    from labctl import ssh
+    from labctl.cloud import server
+
+    found = server.find(ctx.cloud, ctx.lab.server_name)
+    if found is None:
+        return Finding("server", OK, f"no {ctx.lab.server_name} yet")
+    ssh.wait_for_login(ctx.login(found), lambda _: None, timeout=LOGIN_SECONDS)
+    return Finding("server", OK, f"{found.name} {found.status}, {found.address} can be logged into")
+
+
+def as_document(findings: list[Finding]) -> dict[str, Any]:
+    """The document of `doctor --json`."""
+    healthy = all(one.state != FAILED for one in findings)
+    return {"healthy": healthy, "checks": [asdict(one) for one in findings]}
