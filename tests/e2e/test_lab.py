@@ -83,7 +83,7 @@ def test_status_is_as_scripts_expect_it_and_all_is_healthy(lab: Commands) -> Non
 def test_doctor_finds_a_working_lab_well_and_names_what_is_wrong(lab: Commands, tmp_path: Path) -> None:
     assert lab.json("doctor")["healthy"] is True
     other = tmp_path / "lab.yaml"
-    other.write_text("lab: e2e-ill\nsite: sandbox\nserver:\n  flavor: m1.huge\nvolume:\n  size_gib: 100000\n")
+    other.write_text("lab: e2e-ill\nsite: sandbox\nserver:\n  flavor: m1.huge\nvolume:\n  size_gib: 16000\n")
     checks = {one["check"]: one for one in lab.json("--lab", str(other), "doctor", expect=3)["checks"]}
     assert checks["image, flavor, network"]["state"] == "failed" and "m1.huge" in str(checks["image, flavor, network"])
     assert checks["quota"]["state"] == "failed" and "gigabytes" in checks["quota"]["found"]
