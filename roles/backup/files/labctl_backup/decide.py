@@ -183,9 +183,9 @@ def _postgres(facts: VolumeFacts, wish: Wish, manifest: Mapping[str, Any]) -> tu
         return chosen, wish.majors[chosen]
     if of_backup in wish.majors:
         return of_backup, wish.majors[of_backup]
-    default = wish.default_major
-    if not facts.holding and default and int(default) >= int(of_backup):
-        return default, wish.majors[default]  # a dump goes into any newer PostgreSQL
+    of_new_volumes = wish.default_major
+    if not facts.holding and of_new_volumes and int(of_new_volumes) >= int(of_backup):
+        return of_new_volumes, wish.majors[of_new_volumes]  # a dump goes into any newer PostgreSQL
     raise stop(
         f"There is no image for the backup's PostgreSQL {of_backup}.",
         f"an image of PostgreSQL {of_backup}",
