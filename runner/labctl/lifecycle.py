@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from labctl import ansible, ssh
+from labctl import ansible, leases, ssh
 from labctl import inventory as inventories
 from labctl import lab as labs
 from labctl.ansible import Outcome, Run, Step
@@ -61,13 +62,14 @@ def provide(ctx: Context, **metadata: str) -> tuple[Server, Volume]:
     """
     progress, cloud, lab = ctx.progress, ctx.cloud, ctx.lab
     with progress.step("what is there"):
-        server, volume = servers.find(cloud, lab.server_name, progress.tell), volumes.find(cloud, lab.volume_name)
+        server, volume = find_server(ctx), volumes.find(cloud, lab.volume_name)
         if volume is not None:
             volumes.refuse_if_used(cloud, volume, server)
     with progress.step("SSH key and security group"):
         public_key = ssh.ensure_key(ctx.ssh_key)
         key_name = keypairs.ensure(cloud, public_key, f"labctl-{lab.lab}")
         groups = networks.ensure_groups(cloud, [ctx.security_group])
+    lease = leases.ensure(ctx) if server is None else None
     with progress.step(f"server {lab.server_name}") as step:
         created = server is None
         if server is None:
@@ -75,11 +77,11 @@ def provide(ctx: Context, **metadata: str) -> tuple[Server, Volume]:
                 cloud,
                 lab.server_name,
                 image=lab.server.image,
-                flavor=lab.server.flavor,
+                flavor=leases.launch_flavor(lease, lab.server.flavor),
                 network=ctx.site.network,
                 key_name=key_name,
                 groups=["default", *groups],
-                metadata={META_LAB: lab.lab, **metadata},
+                metadata={META_LAB: lab.lab, **leases.tags(lease), **metadata},
             )
         step.result("requested" if created else f"exists, {server.status}")
     volume = provide_volume(ctx, volume)
@@ -123,7 +125,6 @@ def attach(ctx: Context, server: Server, volume: Volume) -> Volume:
     """The volume attached to the server, which no other server may have."""
     if volume.status == "in-use" and volume.attached_to == server.id:
         return volume
-    volumes.refuse_second(ctx.cloud, server, volume, ctx.lab.lab)
     with ctx.progress.step(f"attach {volume.name}") as step:
         return volumes.attach(ctx.cloud, server, volume, step.tell)
 
@@ -153,6 +154,7 @@ def converge_host(
     grow: bool = False,
 ) -> Outcome:
     """Run the roles on a host whose volume is attached. A credential that the host lacks is made first."""
+    server = leases.watched(ctx, server, check=check)
     options: dict[str, Any] = {"tags": only, "check": check, "volume": volume}
     variables: dict[str, Any] = {"block_volume_format": "never"} if never_format else {}
     if grow:
@@ -234,20 +236,24 @@ def reattach_volume(ctx: Context) -> Verification:
     return verify(ctx)
 
 
-def rebuild(ctx: Context, *, force: bool = False) -> Verification:
+def rebuild(ctx: Context, *, force: bool = False, new_lease: timedelta | None = None) -> Verification:
     """Replace the server by a new one at the same address; volume and container stay, and everything is read back.
 
-    A server that an interrupted rebuild made is kept and finished, not replaced once more.
+    A server that an interrupted rebuild made is kept and finished, not replaced once more. `new_lease`: onto a lease
+    that lasts so long, which is made before the old one is given up.
     """
     volume = existing_volume(ctx)
-    server = servers.find(ctx.cloud, ctx.lab.server_name, ctx.progress.tell)
+    server = find_server(ctx)
     if server is not None and server.metadata.get(META_REBUILD) == UNFINISHED and server.status != "ERROR":
         ctx.progress.note(
             f"Continuing the rebuild that made {server.name} ({server.id}); labctl down first for another."
         )
     elif server is not None:
+        lease = leases.renewed(ctx, server, new_lease) if new_lease is not None else None
         release_volume(ctx, server, volume, force=force)
         delete_server(ctx, server)
+        if lease is not None:
+            leases.end(ctx, keep=lease.id)
     server, volume = provide(ctx, **{META_REBUILD: UNFINISHED})
     converge_host(ctx, server, volume, never_format=True)
     found = verify(ctx)
@@ -283,7 +289,7 @@ def unmount(ctx: Context) -> Outcome:
 
 def drain(ctx: Context, *, force: bool = False) -> bool:
     """Stop what writes, flush, unmount. The host stays. False where there was no host to drain."""
-    server = servers.find(ctx.cloud, ctx.lab.server_name, ctx.progress.tell)
+    server = find_server(ctx)
     if server is None:
         ctx.progress.note(f"There is no server {ctx.lab.server_name}: nothing to drain.")
         return False
@@ -335,13 +341,14 @@ def revoke_credentials(ctx: Context) -> None:
 
 
 def down(ctx: Context, *, force: bool = False) -> None:
-    """Delete the server and give its address back. Volume and container stay."""
-    server = servers.find(ctx.cloud, ctx.lab.server_name, ctx.progress.tell)
+    """Delete the server, give its address back, end the lease that labctl made. Volume and container stay."""
+    server = find_server(ctx)
     if server is None:
         ctx.progress.note(f"There is no server {ctx.lab.server_name}.")
     else:
         release_volume(ctx, server, volumes.find(ctx.cloud, ctx.lab.volume_name), force=force)
         delete_server(ctx, server)
+    leases.end(ctx)  # after the server, which it would delete without a drain
     with ctx.progress.step("floating IP"):
         networks.release_floating_ips(ctx.cloud, ctx.lab.lab)
 
@@ -385,6 +392,11 @@ def destroy(ctx: Context, *, force: bool = False) -> None:
 
 
 # -- what is there -------------------------------------------------------------------------------------------------
+
+
+def find_server(ctx: Context) -> Server | None:
+    """The lab's server, or None; one that is being deleted, also by the end of its lease, is waited for."""
+    return leases.outlived(ctx, servers.find(ctx.cloud, ctx.lab.server_name, ctx.progress.tell))
 
 
 def existing_server(ctx: Context) -> Server:

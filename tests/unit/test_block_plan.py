@@ -128,6 +128,7 @@ STOPPED = [
     ("a partition that only the disk knows", replace(partitioned(), partitions=()), "disagree"),
     ("a table overwritten while the kernel still knows it", replace(partitioned(), disk=DISK), "no partition table"),
     ("a destroyed primary GPT", on_disk(signatures=GPT[2:]), "primary GPT"),
+    ("a GPT whose end is cut off", on_disk(table="PMBR", signatures=GPT[:1]), "smaller"),
     ("a GPT over a whole-disk ext4", on_disk(kind="ext4", usage="filesystem"), "something else"),
     ("a GPT beside a ZFS label", on_disk(signatures=(*GPT, (9, "zfs_member"))), "something else"),
     ("somebody's blank partition", partitioned(Area("/dev/vdb1", GIB, content=ZERO)), "no filesystem"),

@@ -166,10 +166,15 @@ def mib(cage: Cage) -> int:
     return int(shell(cage, f"df --output=size -B1M {PLACE} | tail -1"))
 
 
+def table(cage: Cage) -> str:
+    """The whole table; a mounted disk has no digest that lasts, since ext4 initialises its inodes in its own time."""
+    return shell(cage, "sfdisk -d $D 2>&1 || true; wipefs -n $D")
+
+
 def identity(cage: Cage) -> str:
     """What must not change of the table: GUIDs, start, type, name; and the filesystem's UUID."""
-    table = "sfdisk -d $D 2>/dev/null | sed 's/size=[^,]*,//; /last-lba/d' || true"
-    return shell(cage, f"{table}; T=$D; [ ! -b $P ] || T=$P; blkid -o value -s UUID $T")
+    kept = "sfdisk -d $D 2>/dev/null | sed 's/size=[^,]*,//; /last-lba/d' || true"
+    return shell(cage, f"{kept}; T=$D; [ ! -b $P ] || T=$P; blkid -o value -s UUID $T")
 
 
 @pytest.mark.parametrize("make", MAKE)
@@ -182,11 +187,11 @@ def test_an_extended_volume_grows_when_asked_and_keeps_all_else(make: str) -> No
             nodes.extend(NODE, cage["id"], target / 1024)
             unasked = direct.run(NODE, volume_id=cage["id"])
             assert unasked["changed"] is False and "labctl volume extend" in unasked["note"]
-            untouched = digest(cage)
+            untouched = table(cage)
             predicted = direct.run(NODE, volume_id=cage["id"], grow=True, check=True)
             assert (predicted["plan"], predicted["changed"]) == ("grow", True)
             assert "plan: grow" in predicted["diff"]["after"]
-            assert digest(cage) == untouched and mib(cage) == size
+            assert table(cage) == untouched and mib(cage) == size
             done = direct.run(NODE, volume_id=cage["id"], grow=True)
             assert not done.get("failed") and done["changed"], done
             assert identity(cage) == same and intact(cage)
@@ -243,5 +248,148 @@ def test_growing_waits_for_the_size_that_the_cloud_says() -> None:
         said = direct.run(NODE, volume_id=cage["id"], grow=True, size_gib=1, wait=1)
         assert said.get("failed") and not said.get("safety_stop") and "new size" in said["msg"], said
         assert intact(cage)
+    finally:
+        leave(cage)
+
+
+# -- a volume that fails, fills up, vanishes -----------------------------------------------------------------------
+
+
+def test_a_device_that_is_read_only_is_left_alone_and_told() -> None:
+    cage = filled("tutorial")
+    try:
+        shell(cage, f"umount {PLACE}; blockdev --setro $D; blockdev --setro $P")
+        before = digest(cage)
+        said = direct.run(NODE, volume_id=cage["id"])
+        assert said.get("safety_stop") and "read-only" in said["msg"], said
+        assert digest(cage) == before
+        shell(cage, "blockdev --setrw $D; blockdev --setrw $P")
+        assert not direct.run(NODE, volume_id=cage["id"]).get("failed")
+        assert intact(cage)
+    finally:
+        leave(cage)
+
+
+def test_a_full_volume_is_mounted_and_its_marker_stays_whole() -> None:
+    cage = filled("tutorial")
+    try:
+        shell(cage, f"sed -i s/{NODE}/elsewhere/ {PLACE}/.labctl/volume.json")  # as after a rebuild
+        marker = shell(cage, f"cat {PLACE}/.labctl/volume.json")
+        shell(cage, f"! dd if=/dev/zero of={PLACE}/full bs=1k 2>/dev/null; sync; umount {PLACE}")
+        said = direct.run(NODE, volume_id=cage["id"])
+        assert not said.get("failed") and "full" in said["note"], said
+        assert shell(cage, f"cat {PLACE}/.labctl/volume.json; ls -A {PLACE}/.labctl") == f"{marker}\nvolume.json"
+        nodes.extend(NODE, cage["id"], 128 / 1024)
+        grown = direct.run(NODE, volume_id=cage["id"], grow=True)
+        assert not grown.get("failed"), grown
+        assert direct.run(NODE, volume_id=cage["id"])["marker"]["last_attached_to"].startswith(NODE)
+        assert intact(cage)
+    finally:
+        leave(cage)
+
+
+def test_a_marker_that_cant_be_written_on_a_full_new_lab_is_told() -> None:
+    """A volume without a marker yet: without it nothing would tell whose it is, so this one does stop."""
+    cage = nodes.attach(NODE, gib=64 / 1024)
+    try:
+        fill = "mount $P /mnt; ! dd if=/dev/zero of=/mnt/full bs=1k 2>/dev/null; umount /mnt"
+        shell(cage, TUTORIAL + fill)
+        said = direct.run(NODE, volume_id=cage["id"])
+        assert said.get("failed") and "full" in said["msg"] and "extend" in said["next_step"], said
+        assert shell(cage, f"findmnt -no SOURCE {PLACE}").endswith("p1")
+    finally:
+        leave(cage)
+
+
+def plug(cage: Cage, loop: str, dev: str = "vdc") -> None:
+    nodes.execute(NODE, "labnode-blockdev", "attach", Path(loop).name, dev, cage["id"])
+
+
+def test_a_disk_that_vanishes_under_its_mount_is_told_and_comes_back() -> None:
+    cage = filled("tutorial")
+    dev = next(v["dev"] for v in nodes.inspect(NODE)["volumes"] if v["id"] == cage["id"])
+    try:
+        nodes.execute(NODE, "labnode-blockdev", "detach", cage["id"])
+        gone = direct.run(NODE, volume_id=cage["id"], wait=1)
+        assert gone.get("safety_stop") and "still mounted" in gone["msg"] and "drain" in gone["next_step"], gone
+        plug(cage, cage["loop"], dev)
+        assert direct.run(NODE, volume_id=cage["id"])["changed"] is False
+        assert intact(cage)
+    finally:
+        leave(cage)
+
+
+def test_a_disk_that_comes_back_as_another_one_isnt_mounted_twice() -> None:
+    """Its old mount is of a device that is no more; both at once would write to one filesystem from two sides."""
+    cage = filled("tutorial")
+    entry = next(v for v in nodes.inspect(NODE)["volumes"] if v["id"] == cage["id"])
+    second = nodes.run("losetup", "--find", "--show", cage["file"]).stdout.decode().strip()
+    try:
+        nodes.execute(NODE, "labnode-blockdev", "detach", cage["id"])
+        plug(cage, second)
+        twice = direct.run(NODE, volume_id=cage["id"], wait=1)
+        assert twice.get("safety_stop") and "labctl drain" in twice["next_step"], twice
+        assert shell(cage, f"findmnt -no SOURCE {PLACE}") == f"{cage['loop']}p1"
+        drained = direct.run(NODE, volume_id=cage["id"], state="unmounted")
+        assert not drained.get("failed"), drained
+        mended = direct.run(NODE, volume_id=cage["id"])
+        assert not mended.get("failed") and mended["partition"].startswith(second), mended
+        assert intact(cage)
+        shell(cage, f"umount {PLACE}")
+    finally:
+        nodes.execute(NODE, "labnode-blockdev", "detach", cage["id"])
+        nodes.run("losetup", "--detach", second)
+        plug(cage, cage["loop"], entry["dev"])
+        leave(cage)
+
+
+def test_another_volume_that_is_mounted_is_named_and_left_alone() -> None:
+    """lab.yaml's name means another volume by now, which isn't attached or is attached beside it."""
+    old, new = filled("tutorial"), nodes.attach(NODE, gib=64 / 1024)
+    try:
+        for wanted in (new["id"], "00000000-5d3e-4a55-8f9f-2f0d3a5f9a11"):
+            said = direct.run(NODE, volume_id=wanted)
+            assert said.get("safety_stop") and old["id"][:20] in said["found"] and wanted in said["expected"], said
+            assert f"labctl volume detach {old['id']}" in said["next_step"]
+        assert intact(old)
+        assert shell(new, "head -c 64M $D | tr -d '\\0' | wc -c") == "0"
+    finally:
+        leave(old)
+        leave(new)
+
+
+# -- identities ----------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_is_refused_with_both_identities_and_taken_over_by_its_name_only() -> None:
+    cage = filled("tutorial")
+    shell(cage, f"umount {PLACE}; sed -i '\\#{PLACE}#d' /etc/fstab")
+    file = Path(nodes.detach(NODE, cage["id"]))
+    copy = nodes.attach(NODE, file=str(file.rename(file.with_stem("11111111-" + file.stem[9:]))))
+    try:
+        before = digest(copy)
+        said = direct.run(NODE, volume_id=copy["id"])
+        assert said.get("safety_stop") and cage["id"] in said["found"] and copy["id"] in said["expected"], said
+        name = f"molecule/{cage['id']}/{shell(copy, 'blkid -o value -s UUID $P')}"
+        assert f"labctl converge --accept-volume {name} " in said["next_step"]
+        for wrong in ("molecule", name[:-1], name.replace("molecule", "other")):
+            assert direct.run(NODE, volume_id=copy["id"], accept_marker=wrong).get("safety_stop")
+        assert digest(copy) == before
+        assert not direct.run(NODE, volume_id=copy["id"], accept_marker=name).get("failed")
+        assert direct.run(NODE, volume_id=copy["id"])["changed"] is False
+        assert intact(copy)
+    finally:
+        leave(copy)
+
+
+def test_a_swapped_device_is_refused_by_its_serial() -> None:
+    cage, other = filled("tutorial"), "22222222-5d3e-4a55-8f9f-2f0d3a5f9a11"
+    try:
+        shell(cage, f"umount {PLACE}; sed -i '\\#{PLACE}#d' /etc/fstab")
+        before = digest(cage)
+        said = direct.run(NODE, volume_id=other, device=cage["loop"])
+        assert said.get("safety_stop") and other in said["expected"] and cage["id"][:20] in said["found"], said
+        assert f"--accept-volume serial:{cage['id'][:20]}" in said["next_step"]
+        assert digest(cage) == before
     finally:
         leave(cage)

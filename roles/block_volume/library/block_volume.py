@@ -58,6 +58,7 @@ protected: {description: Whether the bare mount point is immutable., type: bool,
 marker: {description: Identity that is on the volume., type: dict, returned: when there is one}
 """
 
+import errno
 import fcntl
 import os
 import pwd
@@ -151,6 +152,15 @@ class Run:
         serials = block_host.disk_serials()
         seen = ", ".join(f"{path} (serial {serial})" for path, serial in serials.items()) or "no disk with a serial"
         name = self.params["volume_id"] or self.params["device"]
+        if os.path.ismount(self.wanted.mount_point):
+            self.refuse(
+                block_model.stop(
+                    f"the disk of volume {name} is gone while it is still mounted at {self.wanted.mount_point}",
+                    expected="its disk",
+                    found=seen,
+                    next_step="labctl drain (it stops what uses the mount and unmounts it), then labctl up",
+                )
+            )
         self.fail(
             f"volume {name} isn't attached to this host: no sign of it in {self.params['wait']} s",
             expected=f"a disk whose serial begins with {name[:20]}" if self.params["volume_id"] else name,
@@ -158,10 +168,29 @@ class Run:
             next_step="attach the volume (labctl reattach-volume)",
         )
 
+    def refuse_other(self) -> None:
+        """End the run if another volume is mounted: the lab's name for its volume may mean another one by now."""
+        here = [m for m in block_host.mounts() if m.target == self.wanted.mount_point]
+        number = here[-1].number if here else 0
+        serial = block_host.serial_of(block_host.kernel_path(block_host.disk_of(number) or number)) if here else ""
+        if not serial or not self.wanted.volume_id or self.wanted.volume_id[:20] in serial:
+            return
+        marker = block_facts.marker_below(self.wanted.mount_point).values
+        self.refuse(
+            block_model.stop(
+                f"another volume than the lab's is mounted at {self.wanted.mount_point}",
+                expected=f"volume {self.wanted.volume_id}",
+                found=f"{here[-1].source}, serial {serial}, marker {block_plan.marker_identity(marker)}",
+                next_step=f"labctl volume detach {marker.get('volume_id') or 'ID'} (it drains first), then labctl up; "
+                "if the mounted one is right, give its name in lab.yaml (volume.name)",
+            )
+        )
+
     # -- mounted ------------------------------------------------------------------------------------------
 
     def mounted(self) -> None:
         """Bring the volume to its mount point."""
+        self.refuse_other()
         disk = self.locate(self.params["wait"])
         if not disk:
             self.missing()
@@ -304,11 +333,27 @@ class Run:
             plan = replace(plan, adopt=False)
         wanted = self.new_marker(marker, plan)
         if wanted is not None:
-            block_write.write_marker(self.wanted.mount_point, wanted)
-            self.done.append(f"marker {block_model.MARKER_PATH}")
+            self.mark(dict(marker.values), wanted)
         self.result["marker"] = wanted or dict(marker.values)
         if plan.action == block_model.GROW:
             self.grow(facts, plan)
+
+    def mark(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        """Write the marker; on a full volume one that says the same but for the host stays as it is."""
+        try:
+            block_write.write_marker(self.wanted.mount_point, new)
+            self.done.append(f"marker {block_model.MARKER_PATH}")
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self.result["note"] = f"the volume is full: {block_model.MARKER_PATH} still names the last host"
+            if {**old, "last_attached_to": new["last_attached_to"]} != new:
+                self.fail(
+                    f"the volume is full: its marker {block_model.MARKER_PATH} can't be written",
+                    expected="a few KiB of free space",
+                    found="none; the volume is mounted, and its files are as they were",
+                    next_step="free some space on it, or labctl volume extend SIZE; then run again",
+                )
 
     def grow(self, facts: Any, plan: Any) -> None:
         """Table, kernel, filesystem: what the plan says is left of it."""
@@ -361,7 +406,8 @@ class Run:
             return
         device = block_host.kernel_path(here[-1].number)
         disk = self.locate(0) if self.params["volume_id"] or self.params["device"] else ""
-        if disk and device and not re.fullmatch(rf"{re.escape(disk)}(p?\d+)?", device):
+        same = not disk or not device or re.fullmatch(rf"{re.escape(disk)}(p?\d+)?", device)
+        if not same and not self.left_behind():
             self.fail(f"{path} is another volume's mount", expected=disk, found=device, next_step="unmount it by hand")
         self.result.update(partition=device or here[-1].source)
         users = block_unmount.users_of(here[-1].number, path)
@@ -380,6 +426,12 @@ class Run:
             self.done.clear()
             self.fail(f"{path} couldn't be unmounted: {problem}", next_step="stop what uses it, then run again")
         self.result["protected"] = block_write.protect(path)
+
+    def left_behind(self) -> bool:
+        """Whether the mount is our volume's by fstab: it came back as another disk, and the mount is of the old one."""
+        fields = [line.split() for line in block_write.read_fstab().splitlines()]
+        ours = f"x-labctl.volume={self.wanted.volume_id}"
+        return any(len(f) > 3 and f[1] == self.wanted.mount_point and ours in f[3].split(",") for f in fields)
 
 
 def main() -> None:

@@ -5,12 +5,10 @@ What can't be found out goes into `unknown` of the area it concerns; the planner
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,7 +17,7 @@ from ansible.module_utils.block_bytes import device_size, read_behind, read_cont
 from ansible.module_utils.block_host import (
     ask,
     device_number,
-    disk_of,
+    exclusive_refused,
     installed,
     kernel_path,
     mounts,
@@ -174,22 +172,6 @@ def read_area(path: str, held: bool = False) -> Area:
         filesystem_size=spans,
         unknown=tuple(unknown),
     )
-
-
-def exclusive_refused(path: str) -> bool:
-    """Whether O_EXCL is refused, which the kernel does for mounts (in any namespace), holders and swap."""
-    whole = device_number(path)
-    for _ in range(5):  # a probing tool may hold it for a moment
-        try:
-            os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
-            return False
-        except OSError as error:
-            if error.errno != errno.EBUSY:
-                raise
-        if any(whole in (m.number, disk_of(m.number)) for m in mounts()):
-            return True  # it, or a partition of it, is mounted: no use to wait
-        time.sleep(0.2)
-    return True
 
 
 # -- mounts, marker -----------------------------------------------------------------------------------

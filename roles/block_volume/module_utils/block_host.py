@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
 import stat
 import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -172,6 +174,22 @@ def mounts(pid: str = "self") -> list[Mount]:
         slave = any(f.startswith(("shared:", "master:")) for f in fields[6:])
         result.append(Mount(number, plain(fields[4]), plain(source), read_only, slave))
     return result
+
+
+def exclusive_refused(path: str) -> bool:
+    """Whether O_EXCL is refused, which the kernel does for mounts (in any namespace), holders and swap."""
+    whole = device_number(path)
+    for _ in range(5):  # a probing tool may hold it for a moment
+        try:
+            os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+            return False
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+        if any(whole in (m.number, disk_of(m.number)) for m in mounts()):
+            return True  # it, or a partition of it, is mounted: no use to wait
+        time.sleep(0.2)
+    return True
 
 
 def plain(text: str) -> str:

@@ -168,7 +168,7 @@ def _mount_point(facts: Facts, wanted: Wanted) -> Plan | None:
             f"something else is mounted at {path}",
             expected=f"{facts.disk.path} or nothing",
             found=state.source,
-            next_step=f"stop what uses {path}, then `umount {path}`",
+            next_step=f"labctl drain (it stops what uses {path} and unmounts it), or `umount {path}`; then run again",
         )
     if state.entries:
         return stop(
@@ -219,6 +219,13 @@ def _table(facts: Facts) -> Plan | None:
     if disk.kind or disk.usage or strays:
         found = f"{disk.table} and {disk.kind or ', '.join(sorted(strays))}"
         return stop(f"{disk.path} has a partition table and something else on it", "one of both", found, ADVICE)
+    if disk.table == "PMBR":
+        return stop(
+            f"the GPT of {disk.path} is damaged, or the disk is smaller than it was: nothing but its MBR is left",
+            expected="a GPT, primary and backup",
+            found=f"a protective MBR on {disk.size} bytes",
+            next_step="attach the volume in its full size, or look with `gdisk` after a snapshot of the volume",
+        )
     if disk.table == "gpt" and not any(kind == "gpt" and offset < 8192 for offset, kind in disk.signatures):
         return stop(
             f"the primary GPT of {disk.path} is destroyed; its backup at the end of the disk is intact",

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 
-from ansible.module_utils.block_facts import exclusive_refused
-from ansible.module_utils.block_host import ask, mounts, read_text
+from ansible.module_utils.block_host import ask, exclusive_refused, mounts, read_text
 
 
 def users_of(number: int, mount_point: str) -> list[str]:

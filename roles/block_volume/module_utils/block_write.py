@@ -289,13 +289,20 @@ def write_marker(mount_point: str, marker: dict[str, Any]) -> None:
         os.mkdir(directory, 0o700)
     if os.path.islink(directory) or not os.path.isdir(directory):
         raise Refused(f"{directory} isn't a directory")
-    fd, new = tempfile.mkstemp(prefix=".volume-", dir=directory)
-    with os.fdopen(fd, "w", encoding="utf-8") as file:
-        json.dump(marker, file, indent=1, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, os.path.join(directory, "volume.json"))
+    for left in (name for name in os.listdir(directory) if name.startswith(".marker-")):
+        os.unlink(os.path.join(directory, left))  # of a run that was killed here
+    fd, new = tempfile.mkstemp(prefix=".marker-", dir=directory)
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8") as file:
+            json.dump(marker, file, indent=1, sort_keys=True)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, os.path.join(directory, "volume.json"))
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(new)
+        raise
     ask("sync", "--file-system", directory)
 
 

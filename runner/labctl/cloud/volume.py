@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from labctl.cloud import META_LAB
 from labctl.cloud.refusals import refusals, status_of, words_of
 from labctl.cloud.session import Cloud
 from labctl.cloud.wait import wait_gone, wait_until
-from labctl.errors import CloudRefused, SafetyStop
+from labctl.errors import CloudRefused
 from labctl.models import Server, Tell, Volume
 
 #: Seconds for creating, attaching, detaching and deleting. Seconds usually; a Ceph back end under load takes a minute.
@@ -236,23 +235,6 @@ def refuse_if_used(cloud: Cloud, volume: Volume, server: Server | None) -> None:
         found=f"attached to {other.name} ({other.id}, {other.status})",
         next_step=f"labctl volume detach {volume.name} (or labctl down in that server's lab), then the same again",
     )
-
-
-def refuse_second(cloud: Cloud, server: Server, volume: Volume, lab: str) -> None:
-    """Raises SafetyStop when the server has another volume of the lab: it would be written to as if it were this one.
-
-    Happens when the volume's name in lab.yaml was changed, or the name was given to another volume. One request.
-    """
-    for other in list_volumes(cloud):
-        if other.attached_to == server.id and other.id != volume.id and other.metadata.get(META_LAB) == lab:
-            raise SafetyStop(
-                f"server {server.name} has another volume of the lab {lab}",
-                expected=f"{volume.name} ({volume.id}) or none",
-                found=f"{other.name} ({other.id}), attached as {other.device}",
-                source="volume.name in lab.yaml",
-                next_step=f"labctl volume detach {other.id}, then the same command again; "
-                f"or, if that one is right, give its name in lab.yaml",
-            )
 
 
 def detach(cloud: Cloud, server_id: str, volume: Volume, tell: Tell, timeout: float = STATUS_TIMEOUT) -> Volume:
