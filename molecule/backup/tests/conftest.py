@@ -76,7 +76,8 @@ class Lab:
         return Ended(code, said.get("result", {}), said.get("error", {}), said.get("notes", []))
 
     def play(self, playbook: str, **variables: Any) -> str:
-        """Run a playbook of the scenario; its output."""
+        """Run a playbook of the scenario on a lab whose new volumes get the newest PostgreSQL; its output."""
+        variables["postgres_of_new_volumes"] = "postgres"
         done = subprocess.run(
             ["ansible-playbook", "-i", str(WORK / "inventory"), "-e", json.dumps(variables), str(SCENARIO / playbook)],
             capture_output=True,
@@ -160,7 +161,7 @@ def lab() -> Lab:
         lab.log_run()
     lab.shell("""rm -rf /root/tree; mkdir -p '/root/tree/9/a b/ü ñ' /root/tree/9/deep/er && cd /root/tree/9
         for n in $(seq 30); do head -c $((n * 997)) /dev/urandom > deep/er/$n.bin; done
-        head -c 20000000 /dev/urandom > model.bin; head -c 5000 /dev/urandom > 'a b/ü ñ/x+y=z & "q".bin'
+        head -c 9000000 /dev/urandom > model.bin; head -c 5000 /dev/urandom > 'a b/ü ñ/x+y=z & "q".bin'
         cp deep/er/30.bin 'same again.bin'; : > empty""")
     lab.s3("copy /root/tree s3:mlflow-artifacts")
     lab.s3("mkdir s3:second-bucket")

@@ -6,8 +6,9 @@ import json
 import time
 from typing import Any
 
-import pytest
 from conftest import PROGRAM, Lab
+
+BIG = "mlflow-artifacts/big.bin"
 
 
 def put_object(lab: Lab, name: str, size: int = 3000) -> None:
@@ -68,7 +69,7 @@ def test_killed_at_each_step_it_is_never_complete_and_the_next_one_is_fine(lab: 
 
 
 def test_a_job_that_is_killed_says_so(lab: Lab) -> None:
-    put_object(lab, "big.bin", 60_000_000)
+    put_object(lab, "big.bin", 12_000_000)
     before = lab.complete()
     started = json.loads(lab.shell(f"python3 {PROGRAM} start backup"))
     deadline = time.monotonic() + 60
@@ -79,11 +80,9 @@ def test_a_job_that_is_killed_says_so(lab: Lab) -> None:
     assert said["state"] == "failed"
     assert "killed" in said["error"]["msg"]
     assert lab.complete() == before
-    assert lab.run("backup").code == 0
 
 
 def test_no_secret_shows_anywhere_while_it_runs(lab: Lab) -> None:
-    put_object(lab, "canary.bin", 30_000_000)
     key = lab.shell("cat /mnt/block/.labctl/secrets/backup_key").strip()
     values = [*(v for k, v in lab.secrets().items() if k.endswith(("password", "token"))), key]
     assert all(len(value) > 20 for value in values)
@@ -91,14 +90,13 @@ def test_no_secret_shows_anywhere_while_it_runs(lab: Lab) -> None:
     seen = lab.shell(f"""while systemctl is-active --quiet labctl-backup-job; do
         cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n'; done
         journalctl --no-pager -u labctl-backup-job; cat /run/labctl-backup/job-{started["job"]}.json""")
-    assert "hashsum" in seen or "lsjson" in seen, "the run has to be seen"
+    assert "lsjson" in seen, "the run has to be seen"
     lab.s3("copy store:sets /root/sets")
     kept = lab.shell(f"cd /root/sets && grep -rlaF -e {' -e '.join(values)} . || true; rm -rf /root/sets")
     assert kept.strip() == ""
-    assert not [value for value in values if value in seen]
-    assert (
-        lab.shell("find /run/labctl-backup /root/test.conf -perm /077 | grep -v '^/run/labctl-backup$' || true") == ""
-    )
+    assert not [number for number, value in enumerate(values) if value in seen]
+    open_to_others = "find /run/labctl-backup /root/test.conf -perm /077 | grep -v '^/run/labctl-backup$' || true"
+    assert lab.shell(open_to_others) == ""
 
 
 # -- damage ----------------------------------------------------------------------------------------------------------
@@ -121,24 +119,22 @@ def listing(lab: Lab) -> str:
     )
 
 
-@pytest.mark.parametrize("kind", ["differs", "is gone"])
-def test_an_object_that_went_bad_is_found_and_sent_again(lab: Lab, kind: str) -> None:
-    sha = lab.s3("hashsum sha256 --download s3:second-bucket/seven").split()[0]
-    where = f"store:objects/{sha[:2]}/{sha}"
-    if kind == "differs":
-        spoil(lab, where, r"tr '\000-\377' '\001-\377\000'")
-    else:
-        lab.s3(f"deletefile {where}")
+def test_objects_that_went_bad_are_found_and_sent_again(lab: Lab) -> None:
+    hashes = [lab.s3(f"hashsum sha256 --download s3:{name}").split()[0] for name in ("second-bucket/seven", BIG)]
+    differs, gone = (f"store:objects/{sha[:2]}/{sha}" for sha in hashes)
+    spoil(lab, differs, r"tr '\000-\377' '\001-\377\000'")
+    lab.s3(f"deletefile {gone}")
     before = listing(lab)
     verified = lab.run("verify", "latest")
     assert verified.code == 6
-    assert "7.bin" in verified.error["found"] or "seven" in verified.error["found"]
+    assert "2 are missing or differ" in verified.error["found"]
+    assert BIG in verified.error["found"]
     refused = lab.run("restore", "latest", "--beside")
     assert refused.code == 6
     assert "damaged" in refused.error["msg"]
     assert listing(lab) == before
     mended = lab.run("backup")
-    assert mended.result["sent"] == 1
+    assert mended.result["sent"] == 2
     assert lab.run("verify", "latest").code == 0
 
 
@@ -259,7 +255,7 @@ def test_beside_into_a_newer_postgres_killed_at_each_step(lab: Lab) -> None:
     assert stack["postgres_major"] == "15"
     result = restored(lab, "latest", "--into-new-major")
     assert result["stack"]["postgres_major"] != "15"
-    lab.play("converge.yml", postgres_of_new_volumes="postgres")
+    lab.play("converge.yml")
     now = lab.held()
     assert now.pop("modes") and now == {key: held[key] for key in now}
     assert lab.probe()["previous_runs"] == runs["previous_runs"]
@@ -275,7 +271,7 @@ def test_undo_serves_the_data_of_before(lab: Lab) -> None:
     done = lab.run("undo")
     assert done.code == 0, done.error
     assert lab.marker()["stack"]["postgres_major"] == "15"
-    lab.play("converge.yml", postgres_of_new_volumes="postgres")
+    lab.play("converge.yml")
     assert lab.held()["rows"] == held["rows"]
     assert lab.held()["objects"] == held["objects"]
     assert lab.run("undo").code == 2

@@ -22,7 +22,8 @@ from labctl_backup.errors import EXIT_CODES, Failure
 from labctl_backup.model import iso
 
 RUN = "/run/labctl-backup"
-UNIT = "labctl-backup-job.service"
+#: What only looks doesn't wait for what writes.
+UNIT, LOOKING_UNIT, LOOKING = "labctl-backup-job.service", "labctl-backup-look.service", ("list", "verify")
 #: The last backup's end on this host, for `labctl status`.
 LAST = "/var/lib/labctl/backup-last.json"
 LOCK = ".labctl/backup.lock"
@@ -144,20 +145,21 @@ def start(program: str, arguments: list[str]) -> dict[str, Any]:
     A job that is running is told instead of a second one being started.
     """
     os.makedirs(RUN, mode=0o700, exist_ok=True)
-    record = os.path.join(RUN, "current.json")
-    if _active():
+    unit = unit_of(arguments[0])
+    record = os.path.join(RUN, f"current-{unit}.json")
+    if _active(unit):
         return {**(read_json(record) or {}), "running": True}
     job_id = uuid.uuid4().hex[:12]
     Job(job_id, arguments[0]).step("starting")
     write_json(record, {"job": job_id, "arguments": arguments})
     done = subprocess.run(
         # PartOf: what stops the stack for a drain stops this, too, or it would hold the volume.
-        ["systemd-run", f"--unit={UNIT}", "--collect", "--quiet", "--property=PartOf=labctl-stack.service",
+        ["systemd-run", f"--unit={unit}", "--collect", "--quiet", "--property=PartOf=labctl-stack.service",
          "--property=Nice=5", "/usr/bin/python3", program, *arguments, "--job", job_id],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
-        if _active():
+        if _active(unit):
             return {**(read_json(record) or {}), "running": True}
         raise Failure(
             "The job can't be started.", found=done.stderr.strip(), next_step="systemctl status on the server"
@@ -165,8 +167,13 @@ def start(program: str, arguments: list[str]) -> dict[str, Any]:
     return {"job": job_id, "arguments": arguments, "running": False}
 
 
-def _active() -> bool:
-    done = subprocess.run(["systemctl", "is-active", "--quiet", UNIT], check=False)
+def unit_of(command: str) -> str:
+    """The unit that a command runs as."""
+    return LOOKING_UNIT if command in LOOKING else UNIT
+
+
+def _active(unit: str) -> bool:
+    done = subprocess.run(["systemctl", "is-active", "--quiet", unit], check=False)
     return done.returncode == 0
 
 
@@ -177,7 +184,8 @@ def wait(job_id: str, seen: int, seconds: float) -> dict[str, Any]:
     """
     deadline = time.monotonic() + seconds
     while True:
-        alive = _active()
+        command = (read_json(path_of(job_id)) or {}).get("command", "")
+        alive = _active(unit_of(command))
         found: dict[str, Any] = read_json(path_of(job_id)) or {"state": "lost", "seq": 0, "step": ""}
         if found["state"] in ("running", "lost") and not alive:
             words = {"kind": "failed", "msg": "The job was killed.", "found": f"its last step: {found['step']}"}

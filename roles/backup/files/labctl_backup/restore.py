@@ -31,9 +31,9 @@ from labctl_backup.job import Job, locked, read_json, write_json
 from labctl_backup.model import DUMP, OBJECTS, SECRETS, Contents, Damaged, S3Object, WorkspaceEntry, iso, object_path
 from labctl_backup.prune import described
 from labctl_backup.rclone import S3, VAULT, Rclone, s3_section, vault_section, write_config
+from labctl_backup.send import BATCH_FILES, batch_limit
 from labctl_backup.source import digest
 from labctl_backup.store import PARALLEL, Store, hashes
-from labctl_backup.take import BATCH_FILES, batch_limit
 
 RECORD = "restore.json"
 S3_FOLDERS = {"minio": "minio_data", "silo": "minio_data", "rclone": "rclone_s3_data"}
