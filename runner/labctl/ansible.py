@@ -99,7 +99,7 @@ class Run:
     inventory: dict[str, Any]
     log_directory: Path
     variables: dict[str, Any] = field(default_factory=dict)
-    secrets: dict[str, str] = field(default_factory=dict, repr=False)
+    secrets: dict[str, Any] = field(default_factory=dict, repr=False)
     tags: tuple[str, ...] = ()
     check: bool = False
     verbosity: int = 0

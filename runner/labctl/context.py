@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from labctl import resources
+from labctl import credentials_file, resources
 from labctl.errors import ConfigError, HostUnreachable
 from labctl.inventory import InventorySpec
 from labctl.lab import Dataset, Lab
@@ -96,6 +96,15 @@ class Context:
         if self.lab.images.postgres is None:  # the one that lab.yaml names is meant, and no other
             chosen |= {name: base.references[name] for name in POSTGRES_MAJORS if name in base.references}
         return Images(chosen, base.registry, base.s3_flavour)
+
+    @cached_property
+    def volume_credentials(self) -> dict[str, str]:
+        """What the volume to adopt was made with, by the role's names; {} where lab.yaml names no file."""
+        chosen = self.lab.volume.credentials_file
+        if not chosen:
+            return {}
+        path = Path(chosen).expanduser().absolute()
+        return credentials_file.read(path, self.lab.source("volume.credentials_file"))
 
     @property
     def security_group(self) -> SecurityGroup:

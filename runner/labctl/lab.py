@@ -126,7 +126,10 @@ class ServerSection(Section):
 
 
 class VolumeSection(Section):
-    """The block volume; `size_gib` is in GiB and counts when the volume is made."""
+    """The block volume; `size_gib` is in GiB and counts when the volume is made.
+
+    `credentials_file`: what a volume was made with that neither labctl nor the tutorial made; needed once, to adopt it.
+    """
 
     name: ResourceName | None = None
     size_gib: Annotated[int, Field(ge=1, le=16384)] = 2
@@ -158,6 +161,7 @@ class ServicesSection(Section):
 
     @model_validator(mode="after")
     def _no_port_twice(self) -> ServicesSection:
+    credentials_file: str | None = None
         taken: dict[int, str] = {}
         for key in ("mlflow_port", "s3_port", "s3_console_port", "jupyter_port"):
             port = getattr(self, key)

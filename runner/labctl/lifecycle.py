@@ -211,7 +211,9 @@ def play(
     variables = dict(variables or {})
     if made:
         variables["rclone_application_credential_id"] = made.id
-    secrets = {"rclone_application_credential_secret": made.secret} if made and made.secret else {}
+    secrets: dict[str, Any] = {"rclone_application_credential_secret": made.secret} if made and made.secret else {}
+    if playbook == "converge.yml" and ctx.volume_credentials:
+        secrets["mlflow_stack_credentials"] = ctx.volume_credentials
     run = Run(playbook, document, ctx.state / "logs", variables, secrets, tuple(tags), check, ctx.verbosity)
     with ctx.progress.step(playbook.removesuffix(".yml")) as step:
 

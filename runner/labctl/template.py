@@ -32,6 +32,7 @@ object_store:
   mount_point: /mnt/object
   # container: object-persist-{lab}
 
+  # credentials_file: old.env       # a volume made by hand with other passwords than the tutorial's: its compose .env
 access:
   ssh_from: [0.0.0.0/0]   # networks that may log in (keys only)
   services_from: []       # networks that may reach the services; [] = only through labctl tunnel

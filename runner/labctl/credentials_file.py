@@ -1,0 +1,72 @@
+"""What a volume was made with, if neither labctl nor the tutorial chose it: the file that lab.yaml names.
+
+It is needed once, when the volume is adopted, and travels as a secret: in a 0600 file that goes once Ansible has read it.
+"""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+from labctl.errors import ConfigError
+
+#: The variables of a compose file's .env, and what the role calls them.
+KEYS = {
+    "POSTGRES_USER": "postgres_user",
+    "POSTGRES_PASSWORD": "postgres_password",
+    "POSTGRES_DB": "postgres_database",
+    "MINIO_ROOT_USER": "s3_user",
+    "MINIO_ROOT_PASSWORD": "s3_password",
+}
+
+
+def read(path: Path, source: str) -> dict[str, str]:
+    """The five values by the role's names, from KEY=VALUE lines as a compose .env has them; other keys are left out.
+
+    Raises ConfigError for a file that is missing, readable by others, or lacks one; the text holds no value.
+    """
+    expected = f"lines KEY=VALUE with {', '.join(KEYS)}, and the mode 0600"
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        problem = error.strerror if isinstance(error, OSError) else "isn't text"
+        raise ConfigError(
+            f"The volume's credentials file {path} can't be read.",
+            expected,
+            str(problem),
+            source,
+            "write it, or leave credentials_file out of lab.yaml once the volume is adopted",
+        ) from None
+    if mode & 0o077:
+        raise ConfigError(
+            f"Others may read {path}, which holds passwords.",
+            "the mode 0600",
+            f"{mode:04o}",
+            source,
+            f"chmod 600 {path}",
+        )
+    found = dict(_pairs(text))
+    if missing := [key for key in KEYS if not found.get(key)]:
+        raise ConfigError(
+            f"{path} lacks {', '.join(missing)}.",
+            expected,
+            f"{', '.join(key for key in KEYS if found.get(key)) or 'none of them'}",
+            source,
+            f"add the missing lines to {path}",
+        )
+    return {name: found[key] for key, name in KEYS.items()}
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    """The assignments of a compose .env: comments and empty lines left out, one pair of quotes taken off."""
+    pairs = []
+    for line in text.splitlines():
+        key, equals, value = line.strip().removeprefix("export ").partition("=")
+        if not equals or key.startswith("#"):
+            continue
+        value = value.strip()
+        if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+            value = value[1:-1]
+        pairs.append((key.strip(), value))
+    return pairs
