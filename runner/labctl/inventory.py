@@ -92,6 +92,8 @@ def empty() -> dict[str, Any]:
 
 def document(spec: InventorySpec, server: Server, volume: Volume | None, store: ObjectStore) -> dict[str, Any]:
     """The inventory from what is known already, without a request. Raises CloudRefused for a server without address."""
+    from labctl.cloud import META_LEASE_ENDS
+
     if server.address is None:
         raise _missing(spec, server)
     variables = {
@@ -110,6 +112,8 @@ def document(spec: InventorySpec, server: Server, volume: Volume | None, store: 
         **_volume_variables(spec, volume),
         **_rclone_variables(spec, server, store),
         **_service_variables(spec, server.address),
+        "lease_guard_ends": server.metadata.get(META_LEASE_ENDS),
+        "lease_guard_data_dir": spec.volume_mount_point,
         **spec.extra,
     }
     return {

@@ -9,6 +9,7 @@ import difflib
 import ipaddress
 import os
 import re
+from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -115,6 +116,32 @@ class CloudSection(Section):
     volume_type: ResourceName | None = None
 
 
+class LeaseSection(Section):
+    """The lease that the server lives in, on sites that have leases; `days` and `hours` add up.
+
+    `name`: a lease that was made by hand. `required` and `extendable` overrule what is known of the site.
+    """
+
+    name: ResourceName | None = None
+    days: Annotated[int, Field(ge=0, le=366)] | None = None
+    hours: Annotated[int, Field(ge=0, le=8784)] | None = None
+    required: bool | None = None
+    extendable: bool | None = None
+
+    @model_validator(mode="after")
+    def _lasts(self) -> LeaseSection:
+        if (self.days, self.hours) != (None, None) and not self.duration:
+            raise _at("days", "a lease of no days and no hours would end at once")
+        return self
+
+    @property
+    def duration(self) -> timedelta:
+        """How long a new lease lasts: a week, unless lab.yaml says."""
+        if self.days is None and self.hours is None:
+            return timedelta(days=7)
+        return timedelta(days=self.days or 0, hours=self.hours or 0)
+
+
 class ServerSection(Section):
     """The VM."""
 
@@ -134,6 +161,7 @@ class VolumeSection(Section):
     name: ResourceName | None = None
     size_gib: Annotated[int, Field(ge=1, le=16384)] = 2
     mount_point: MountPoint = "/mnt/block"
+    credentials_file: str | None = None
 
 
 class ObjectStoreSection(Section):
@@ -161,7 +189,6 @@ class ServicesSection(Section):
 
     @model_validator(mode="after")
     def _no_port_twice(self) -> ServicesSection:
-    credentials_file: str | None = None
         taken: dict[int, str] = {}
         for key in ("mlflow_port", "s3_port", "s3_console_port", "jupyter_port"):
             port = getattr(self, key)
@@ -200,6 +227,7 @@ class Lab(Section):
     lab: LabName
     site: ResourceName = "sandbox"
     cloud: CloudSection = CloudSection()
+    lease: LeaseSection = LeaseSection()
     server: ServerSection = ServerSection()
     volume: VolumeSection = VolumeSection()
     object_store: ObjectStoreSection = ObjectStoreSection()

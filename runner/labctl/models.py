@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 #: Called with a short sentence while something is waited for ("server node-persist-ada is BUILD, 4 s").
@@ -15,7 +16,8 @@ class Site:
     """How to reach a cloud. What differs between clouds is here, and nowhere else.
 
     `clouds_file` and `cloud`/`object_cloud` name entries of a clouds.yaml; where `clouds_file` is None the
-    usual search path applies, and where `cloud` is None the `OS_*` environment does.
+    usual search path applies, and where `cloud` is None the `OS_*` environment does. `needs_lease` and
+    `lease_extendable` are None where only the cloud itself can tell.
     """
 
     name: str
@@ -26,13 +28,14 @@ class Site:
     object_region: str | None = None
     network: str = "sharednet1"
     external_network: str = "public"
-    needs_lease: bool = False
+    needs_lease: bool | None = False
+    lease_extendable: bool | None = None
     volume_type: str | None = None
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server as the compute API shows it; `address` is its floating IP."""
+    """A server as the compute API shows it; `address` is its floating IP, `flavor` its flavor's name."""
 
     id: str
     name: str
@@ -42,6 +45,7 @@ class Server:
     key_name: str | None
     metadata: dict[str, str] = field(default_factory=dict)
     fault: str = ""
+    flavor: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,37 @@ class Container:
     objects: int
     bytes: int
     metadata: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """What a lease reserves: `amount` servers of a flavor, whose name and id are those that were asked for."""
+
+    id: str
+    status: str
+    kind: str
+    flavor: str
+    flavor_id: str
+    amount: int
+
+    @property
+    def launch_flavor(self) -> str:
+        """The private flavor that Blazar makes: a server launched with it is within the lease."""
+        return f"reservation:{self.id}"
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A lease of Blazar's. `starts` and `ends` are aware and in UTC."""
+
+    id: str
+    name: str
+    status: str
+    starts: datetime
+    ends: datetime
+    user_id: str
+    project_id: str
+    reservations: tuple[Reservation, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from labctl import host_probe, ssh
+from labctl import host_probe, leases, ssh
 from labctl.cloud import server as servers
 from labctl.cloud import store as stores
 from labctl.cloud import volume as volumes
@@ -20,10 +20,13 @@ def status(ctx: Context) -> Status:
     server = servers.find(cloud, lab.server_name)
     volume = volumes.find(cloud, lab.volume_name)
     container = stores.stat(cloud, lab.container_name)
+    lease = leases.of_server(cloud, server) if server else None
     found = Status(
         lab.lab,
         ctx.site.name,
-        ServerStatus(lab.server_name, server.id, server.status, server.address)
+        ServerStatus(
+            lab.server_name, server.id, server.status, server.address, leases.iso(lease.ends) if lease else None
+        )
         if server
         else ServerStatus(lab.server_name),
         VolumeStatus(lab.volume_name, volume.id, volume.size_gib, bool(server and volume.attached_to == server.id))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from labctl.lab import Lab
@@ -18,12 +19,20 @@ def sandbox_state() -> Path:
     return SandboxConfig.from_environment().state
 
 
+def _sandbox_needs_lease() -> bool:
+    """Whether the sandbox was brought up with --require-lease."""
+    try:
+        return bool(json.loads((sandbox_state() / "settings.json").read_text()).get("require_lease"))
+    except (OSError, ValueError):
+        return False
+
+
 def site_of(lab: Lab) -> Site:
     """The site of a lab: its preset, changed by the `cloud` section of lab.yaml.
 
     chameleon: KVM@TACC has compute, network and volumes and demands leases; CHI@TACC has the object store.
     Entries of these names are looked up in clouds.yaml; without them the `OS_*` environment of an openrc is used.
-    Any other name is an entry of clouds.yaml.
+    Any other name is an entry of clouds.yaml; whether it has leases is asked of its catalogue.
     """
     cloud = lab.cloud
     if lab.site == SANDBOX:
@@ -34,6 +43,7 @@ def site_of(lab: Lab) -> Site:
             clouds_file=sandbox_state() / "clouds.yaml",
             region="KVM@TACC",
             object_region="CHI@TACC",
+            needs_lease=_sandbox_needs_lease(),
         )
     elif lab.site == CHAMELEON:
         preset = Site(
@@ -46,7 +56,7 @@ def site_of(lab: Lab) -> Site:
             volume_type="ceph-ssd",
         )
     else:
-        preset = Site(name=lab.site, cloud=lab.site, object_cloud=lab.site)
+        preset = Site(name=lab.site, cloud=lab.site, object_cloud=lab.site, needs_lease=None)
     return Site(
         name=preset.name,
         cloud=preset.cloud,
@@ -56,6 +66,7 @@ def site_of(lab: Lab) -> Site:
         object_region=cloud.object_region or preset.object_region,
         network=cloud.network or preset.network,
         external_network=cloud.external_network or preset.external_network,
-        needs_lease=preset.needs_lease,
+        needs_lease=preset.needs_lease if lab.lease.required is None else lab.lease.required,
+        lease_extendable=lab.lease.extendable,
         volume_type=cloud.volume_type or preset.volume_type,
     )

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
+
+#: A lease with less left than that is worth a warning.
+LEASE_WARNING = timedelta(hours=48)
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class Status:
         rows = [
             ("lab", f"{self.lab} on {self.site}"),
             ("server", " ".join(part for part in (server.name, server.status, server.address) if part)),
+            *([("lease", lease_text(server.lease_ends, datetime.now(UTC)))] if server.lease_ends else []),
             ("volume", _volume_text(volume)),
             ("object store", f"{store.container} {_count(store.objects)}, {_mounted(store.mounted)}"),
         ]
@@ -107,6 +112,24 @@ class Status:
         if self.host_error:
             rows.append(("host", self.host_error))
         return rows
+
+
+def lease_text(ends: str, now: datetime) -> str:
+    """When the lease ends (`ends`: ISO 8601, UTC), and a warning when that is soon."""
+    moment = datetime.fromisoformat(ends)
+    left = moment - now
+    text = f"ends {moment:%Y-%m-%d %H:%M} UTC, {left_text(left)}"
+    return text if left >= LEASE_WARNING else f"{text}. WARNING: the VM goes with it; labctl lease extend"
+
+
+def left_text(left: timedelta) -> str:
+    """How long there is left, or that there is nothing."""
+    minutes = int(left.total_seconds() // 60)
+    if minutes <= 0:
+        return "which is over"
+    if minutes < 120:
+        return f"in {minutes} min"
+    return f"in {minutes // 60} h" if left < timedelta(days=4) else f"in {left.days} days"
 
 
 def _volume_text(volume: VolumeStatus) -> str:

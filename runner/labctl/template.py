@@ -23,16 +23,21 @@ server:
   # name: node-persist-{lab}
   # ssh_key: ~/.ssh/id_ed25519      # a private key; default: one that labctl makes for you
 
+# lease:                  # on sites that have leases, such as KVM@TACC: how long a new one lasts
+#   days: 7
+#   hours: 0
+#   name: my-lease        # one that you made yourself, instead of one that labctl makes
+
 volume:
   size_gib: 2             # GiB; counts when the volume is made
   mount_point: /mnt/block
   # name: block-persist-{lab}
+  # credentials_file: old.env       # a volume made by hand with other passwords than the tutorial's: its compose .env
 
 object_store:
   mount_point: /mnt/object
   # container: object-persist-{lab}
 
-  # credentials_file: old.env       # a volume made by hand with other passwords than the tutorial's: its compose .env
 access:
   ssh_from: [0.0.0.0/0]   # networks that may log in (keys only)
   services_from: []       # networks that may reach the services; [] = only through labctl tunnel

@@ -56,7 +56,7 @@ def test_the_host_gets_exactly_the_variables_of_the_contract() -> None:
         *("rclone_mount_point", "rclone_views", "rclone_application_credential_id"),
         *("mlflow_stack_data_dir", "mlflow_stack_images", "mlflow_stack_ports", "mlflow_stack_bind_address"),
         *("mlflow_stack_s3_flavour", "mlflow_stack_object_view_parent", "etl_images", "etl_container"),
-        "mlflow_stack_allowed_hosts",
+        *("mlflow_stack_allowed_hosts", "lease_guard_data_dir"),
     }
 
 

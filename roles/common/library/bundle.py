@@ -57,7 +57,7 @@ options:
       user: {description: User name., type: str, required: true}
       groups: {description: Group names., type: list, elements: str, required: true}
   units:
-    description: systemd units and the state they should be in, handled in the order given.
+    description: systemd units and the state they should be in, in the order given; those to be stopped before all else.
     type: list
     elements: dict
     default: []
@@ -370,6 +370,9 @@ class Bundle:
 
     def apply(self, params: Item) -> None:
         """Everything in the order in which one piece can need another."""
+        leaving = [item for item in params["units"] if item["state"] == "stopped"]
+        for item in leaving:  # while its files are there: systemd can't disable a unit whose file is gone
+            self.unit(item)
         for item in params["directories"]:
             self.directory(item)
         for item in params["files"]:
@@ -384,7 +387,8 @@ class Bundle:
         if not self.check and (stale or any(UNIT_DIRECTORY.match(path) for path in self.changed_paths)):
             self.run("systemctl", "daemon-reload")
         for item in params["units"]:
-            self.unit(item)
+            if item not in leaving:
+                self.unit(item)
 
 
 def specification() -> Item:

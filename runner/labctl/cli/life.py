@@ -75,12 +75,18 @@ Force = Annotated[bool, typer.Option("--force", help="go on where the host can't
 
 
 @app.command()
-def rebuild(force: Force = False, accept_volume: Accept = None) -> None:
+def rebuild(
+    force: Force = False,
+    accept_volume: Accept = None,
+    new_lease: Annotated[
+        bool, typer.Option("--new-lease", help="onto a new lease, made before the old one is given up")
+    ] = False,
+) -> None:
     """Replace the VM by a new one; volume, object store and address stay. Reads everything back. Safe to run again."""
     from labctl import lifecycle
 
     ctx = context(accept_volume)
-    verified(lifecycle.rebuild(ctx, force=force))
+    verified(lifecycle.rebuild(ctx, force=force, new_lease=ctx.lab.lease.duration if new_lease else None))
 
 
 @app.command()

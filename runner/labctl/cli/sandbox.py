@@ -16,6 +16,12 @@ app = typer.Typer(no_args_is_help=True, help="A Chameleon of your own in one con
 @app.command("up")
 def sandbox_up(
     images: Annotated[str, typer.Option(help="service images: auto, pull or build")] = "auto",
+    require_lease: Annotated[
+        bool | None,
+        typer.Option(
+            "--require-lease/--no-require-lease", help="no server without a lease, as on KVM@TACC; default: as it was"
+        ),
+    ] = None,
 ) -> None:
     """Start the embedded cloud; builds what is missing. Safe to run again."""
     from labctl import sandbox
@@ -25,7 +31,7 @@ def sandbox_up(
             f"--images {images}", expected="auto, pull or build", source="--images", next_step="leave it out"
         )
     with progress().step("sandbox up") as step:
-        found = sandbox.up(step.tell, images=images)  # type: ignore[arg-type]
+        found = sandbox.up(step.tell, images=images, require_lease=require_lease)  # type: ignore[arg-type]
     emit(asdict(found), f"The sandbox is {found.state}.")
 
 

@@ -11,6 +11,8 @@ META_LAB = "labctl_lab"
 META_CREDENTIAL = "labctl_credential_id"
 #: Volume metadata keys with the schedule of backups and how many to keep: a new server gets the timer by them.
 META_BACKUP_SCHEDULE, META_BACKUP_KEEP = "labctl_backup_schedule", "labctl_backup_keep"
+#: Server metadata keys with the id of the lease that the server lives in and its end (ISO 8601, UTC).
+META_LEASE, META_LEASE_ENDS = "labctl_lease_id", "labctl_lease_ends"
 #: Server metadata key that a rebuild sets on the server it makes: UNFINISHED until everything was read back.
 META_REBUILD = "labctl_rebuild"
 UNFINISHED, FINISHED = "unfinished", "finished"

@@ -87,7 +87,20 @@ def record(server: Any) -> Server:
         key_name=server.key_name,
         metadata={str(k): str(v) for k, v in (server.metadata or {}).items()},
         fault=" ".join(str(fault.get(k) or "") for k in ("code", "message")).strip(),
+        flavor=_flavor_name(server),
     )
+
+
+def _flavor_name(server: Any) -> str:
+    """The name of a server's flavor; older APIs give only its id."""
+    flavor = server.flavor or {}
+    return str(flavor.get("original_name") or flavor.get("name") or flavor.get("id") or "")
+
+
+def count_of_flavor(cloud: Cloud, flavor_id: str) -> int:
+    """How many servers of the project have that flavor. One request."""
+    with refusals(f"count the servers of flavor {flavor_id}"):
+        return len(list(cloud.compute.compute.servers(details=False, flavor=flavor_id)))
 
 
 def create(
@@ -107,11 +120,11 @@ def create(
     Does not look for an existing one of that name: `find` does. Raises CloudRefused listing what there is when
     image, flavor or network don't exist, and with the quota's words when it is used up.
     """
-    image_id, flavor_id, network_id = _image(cloud, image), _flavor(cloud, flavor), network_of(cloud, network)
+    image_id, wanted_flavor, network_id = _image(cloud, image), flavor_id(cloud, flavor), network_of(cloud, network)
     request: dict[str, Any] = {
         "name": name,
         "image_id": image_id,
-        "flavor_id": flavor_id,
+        "flavor_id": wanted_flavor,
         "networks": [{"uuid": network_id}],
         "key_name": key_name,
         "security_groups": [{"name": group} for group in groups],
@@ -129,7 +142,7 @@ def create(
 def check_choices(cloud: Cloud, image: str, flavor: str, network: str) -> None:
     """Raises CloudRefused, listing what there is, unless a server could be made of these. Three requests."""
     _image(cloud, image)
-    _flavor(cloud, flavor)
+    flavor_id(cloud, flavor)
     network_of(cloud, network)
 
 
@@ -152,7 +165,8 @@ def _image(cloud: Cloud, wanted: str) -> str:
     return str(active[0].id)
 
 
-def _flavor(cloud: Cloud, wanted: str) -> str:
+def flavor_id(cloud: Cloud, wanted: str) -> str:
+    """The id of the flavor with that name (or id). Raises CloudRefused listing what there is."""
     with refusals(f"look for flavor {wanted}"):
         flavors = list(cloud.compute.compute.flavors(details=False))
     for flavor in flavors:

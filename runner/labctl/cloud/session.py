@@ -59,6 +59,11 @@ class Cloud:
         """How many API requests were answered so far, those for authentication included."""
         return len(self.traffic.log)
 
+    @property
+    def by_application_credential(self) -> bool:
+        """Whether the login is an application credential, which may do less than the user it belongs to."""
+        return self._login.auth_type == "v3applicationcredential"
+
     @cached_property
     def store(self) -> _Store:
         """The object store's site: connection, user, project, region. Authenticates on first use.
