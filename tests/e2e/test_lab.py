@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -229,30 +228,6 @@ def wait_until_healthy(lab: Commands, seconds: float = 150) -> None:
             return
         time.sleep(3)
     raise AssertionError(f"not healthy after {seconds:.0f} s: {status}")
-
-
-def test_a_volume_with_unknown_content_is_exit_6_and_byte_identical(lab: Commands, tmp_path: Path) -> None:
-    text = (lab.directory / "lab.yaml").read_text()
-    other = tmp_path / "lab.yaml"
-    other.write_text(
-        text.replace("mount_point: /mnt/block", "mount_point: /mnt/other").replace(
-            "# name: block-persist-e2e", "name: block-persist-e2e-unknown"
-        )
-    )
-    cloud = sandbox_cloud()
-    volume = cloud.create_volume(1, name="block-persist-e2e-unknown", wait=True)
-    backing = SANDBOX_STATE / "volumes" / f"volume-{volume.id}"
-    with backing.open("r+b") as handle:
-        handle.seek(512 * 1024 * 1024 + 4096)
-        handle.write(b"the only copy of somebody's thesis")
-    before = hashlib.sha256(backing.read_bytes()).hexdigest()
-    try:
-        lab.run("--lab", str(other), "up", expect=6)
-        lab.ssh("sync")
-        assert hashlib.sha256(backing.read_bytes()).hexdigest() == before
-    finally:
-        cloud.detach_volume(cloud.get_server(SERVER), cloud.get_volume(volume.id), wait=True)
-        cloud.delete_volume(volume.id, wait=True)
 
 
 def test_drain_leaves_nothing_on_the_volume_and_converge_brings_it_back(lab: Commands) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 
 from story import Commands, sandbox_cloud
+
+VOLUMES = Path(os.environ.get("LABCTL_SANDBOX_STATE", "/var/lib/labctl-sandbox"), "volumes")
 
 
 def test_a_lab_whose_volume_another_server_has_is_refused_before_anything_is_made(
@@ -18,5 +22,25 @@ def test_a_lab_whose_volume_another_server_has_is_refused_before_anything_is_mad
     cloud = sandbox_cloud()
     assert cloud.get_server("node-persist-e2e-other") is None
     assert cloud.get_security_group("labctl-e2e-other") is None
-    assert not cloud.search_containers("object-persist-e2e-other")
+    assert lab.json("--lab", str(other), "status")["object_store"]["objects"] is None
     assert lab.json("status")["volume"]["mounted"] is True
+
+
+def test_a_volume_with_unknown_content_is_exit_6_and_byte_identical(lab: Commands, tmp_path: Path) -> None:
+    cloud = sandbox_cloud()
+    volume = cloud.create_volume(1, name="block-persist-e2e-unknown", wait=True)
+    backing = VOLUMES / f"volume-{volume.id}"
+    with backing.open("r+b") as handle:
+        handle.seek(512 * 1024 * 1024 + 4096)
+        handle.write(b"the only copy of somebody's thesis")
+    before = hashlib.sha256(backing.read_bytes()).hexdigest()
+    other = tmp_path / "lab.yaml"
+    other.write_text("lab: e2e-unknown\nsite: sandbox\n")
+    try:
+        refused = lab.json("--lab", str(other), "up", expect=6)["error"]
+        assert "data of an unknown kind" in refused["what"] and str(512 * 1024 * 1024 + 4096) in refused["found"]
+        lab.run("--lab", str(other), "ssh", "--", "sync; findmnt /mnt/block && exit 1; exit 0")
+        lab.run("--lab", str(other), "down", "--force")
+        assert hashlib.sha256(backing.read_bytes()).hexdigest() == before
+    finally:
+        lab.run("--lab", str(other), "--yes", "destroy", "--force")
