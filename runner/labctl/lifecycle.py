@@ -298,14 +298,17 @@ def drain(ctx: Context, *, force: bool = False) -> bool:
     return drain_host(ctx, server, force=force)
 
 
-def drain_host(ctx: Context, server: Server, *, force: bool) -> bool:
-    """Drain a host, or have it agreed that it can't be: what its last seconds wrote is then not guaranteed."""
+def drain_host(ctx: Context, server: Server, *, force: bool, volume: Volume | None = None) -> bool:
+    """Drain a host, or have it agreed that it can't be: what its last seconds wrote is then not guaranteed.
+
+    `volume`: the one that is mounted, where that isn't the one that lab.yaml names.
+    """
     try:
         if server.status != "ACTIVE" or not server.address:
             raise HostUnreachable(f"{server.name} is {server.status}.", next_step="labctl status")
         with ctx.progress.step("login") as step:
             ssh.wait_for_login(ctx.login(server), step.tell, timeout=DRAIN_LOGIN_SECONDS)
-        play(ctx, server, "drain.yml")
+        play(ctx, server, "drain.yml", volume=volume)
         return True
     except (HostUnreachable, ConvergeFailed) as error:
         question = (

@@ -113,7 +113,7 @@ def release(ctx: Context, server: Server, volume: Volume) -> None:
     place = ctx.lab.volume.mount_point
     drained = True
     if is_labs(ctx, volume) or place in mounted_at(ctx, server, volume):
-        drained = lifecycle.drain_host(ctx, server, force=False)
+        drained = lifecycle.drain_host(ctx, server, force=False, volume=volume)
     where = mounted_at(ctx, server, volume) if drained else []
     if where or not drained:
         raise SafetyStop(

@@ -84,7 +84,6 @@ USED = [
     ("a whole-disk ext4", whole("ext4")),
     ("a whole-disk xfs", whole("xfs")),
     ("an ext4 that wipefs calls ext3", whole("ext4", signatures=((1080, "ext3"),))),
-    ("a FAT with its boot sector", whole("vfat", signatures=((0, "vfat"), (510, "dos")))),
     ("our own volume", partitioned(table=OURS, marker=Marker(MARKER))),
     ("our volume, mounted", partitioned(mount_point=MountPoint(source="/dev/vdb1", ours=True), marker=Marker(MARKER))),
     ("our volume, mounted, the disk is busy by that", partitioned(
@@ -113,6 +112,8 @@ STOPPED = [
     ("bcache", whole("bcache", "other"), "bcache"),
     ("swap space", whole("swap", "other"), "swap"),
     ("a disc image", whole("iso9660"), "disc image"),
+    ("a FAT with its boot sector", whole("vfat", signatures=((0, "vfat"), (510, "dos"))), "owners"),
+    ("an NTFS, which ntfs-3g would mount and write to", whole("ntfs"), "owners"),
     ("a squashfs", whole("squashfs"), "read-only image"),
     ("an unknown member", whole("newthing_member", "raid"), "something larger"),
     ("a signature that only wipefs knows", whole("", "", signatures=((0, "odd"),)), "odd"),

@@ -10,7 +10,7 @@ import direct
 import nodes
 import pytest
 
-NODE = "block-a"
+NODE = "volume-new"
 PLACE = "/mnt/direct"
 Cage = dict[str, str]
 TUTORIAL = "parted -s $D mklabel gpt mkpart primary ext4 0% 100%; udevadm settle; mkfs.ext4 -q $P; "

@@ -34,6 +34,7 @@ echo precious > /tmp/keep/precious; chown 4242 /tmp/keep/precious /tmp/keep; syn
 CAGES = 8  # volumes at a time: the node's udevadm looks at each of them whenever it is asked to settle
 # What there is to see afterwards, without a word if nothing is mounted.
 LOOK = (
+    "[ ! -e /tmp/holder ] || { kill $(cat /tmp/holder); rm /tmp/holder; }; "
     "(cd $M && { cat precious; stat -c %u . ; cat .labctl/volume.json; }) 2>&1 || true; umount $M 2>/dev/null || true"
 )
 

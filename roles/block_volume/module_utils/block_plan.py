@@ -63,6 +63,9 @@ NOT_VOLUMES = {
     "erofs": "a read-only image",
     "cramfs": "a read-only image",
     "romfs": "a read-only image",
+    "vfat": "FAT, which knows no owners",
+    "exfat": "exFAT, which knows no owners",
+    "ntfs": "NTFS, which knows no owners of Linux",
 }
 SYSTEM_PATHS = {
     "bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "proc", "run", "sbin", "sys", "tmp", "usr",
@@ -323,10 +326,8 @@ def _filesystem(area: Area, number: int) -> Plan:
 
 
 def _family(kind: str) -> set[str]:
-    """Signatures that belong to one filesystem: wipefs may name another member, and FAT has a boot sector."""
-    if kind in ("ext2", "ext3", "ext4"):
-        return {"ext2", "ext3", "ext4"}
-    return {kind, "dos"} if kind in ("vfat", "ntfs", "exfat") else {kind}
+    """Signatures that belong to one filesystem: wipefs may name another member."""
+    return {"ext2", "ext3", "ext4"} if kind in ("ext2", "ext3", "ext4") else {kind}
 
 
 def _blank(area: Area, wanted: Wanted, resume: bool) -> Plan:

@@ -98,7 +98,12 @@ def volume_delete(
         err.print(
             f"  volume {volume.name} ({volume.id}, {volume.size_gib} GiB), {whose}", markup=False, highlight=False
         )
-        if ask(f"This deletes its data for good. Type the volume's name ({volume.name}) to go on: ") != volume.name:
+        try:
+            typed = ask(f"This deletes its data for good. Type the volume's name ({volume.name}) to go on: ")
+        except ConfigError as nobody:
+            nobody.next_step = f"labctl volume delete {volume.name} --confirm {volume.name}"
+            raise
+        if typed != volume.name:
             raise ConfigError("That is not the volume's name: nothing was deleted.", next_step="labctl volume list")
     storage.delete(ctx, volume)
     emit({"deleted": volume.id}, f"Volume {volume.name} is gone.")
