@@ -18,7 +18,6 @@ from story import LABCTL, REPOSITORY, Commands, Evidence, sandbox_cloud
 
 SERVER = "node-persist-e2e"
 SERVICES = {"mlflow", "postgres", "s3", "jupyter"}
-SANDBOX_STATE = Path(os.environ.get("LABCTL_SANDBOX_STATE", "/var/lib/labctl-sandbox"))
 
 
 def interrupt_up(lab: Commands, line: str, after: float) -> int:
