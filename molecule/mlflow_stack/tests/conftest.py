@@ -31,12 +31,23 @@ class Played:
     failure: dict[str, Any] = field(default_factory=dict)
 
 
+@pytest.fixture(scope="session")
+def play_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Played]:
+    """`play` for fixtures that outlive a test."""
+    return player(tmp_path_factory.mktemp("play"))
+
+
 @pytest.fixture
 def play(tmp_path: Path) -> Callable[..., Played]:
     """`play("main", **variables)` runs an entry point; `check=True` in check mode."""
+    return player(tmp_path)
+
+
+def player(folder: Path) -> Callable[..., Played]:
+    """What the fixtures give; the failing task's result goes through a file in `folder`."""
 
     def run(entry: str, *, check: bool = False, **variables: Any) -> Played:
-        report = tmp_path / "report.json"
+        report = folder / "report.json"
         report.unlink(missing_ok=True)
         inventory = Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"]) / "inventory"
         # A node that was rebooted may have another address than molecule's inventory says.

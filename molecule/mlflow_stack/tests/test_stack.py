@@ -208,7 +208,7 @@ def test_a_service_that_cannot_start_is_named_with_its_log(play: Play) -> None:
     shell("mv /mnt/block/.labctl/secrets/secrets.json /root/ && docker rm -f mlflow")
     shell('sed \'s/"postgres_password": "/&wrong/\' /root/secrets.json > /mnt/block/.labctl/secrets/secrets.json')
     try:
-        failed = play("main", mlflow_stack_start_timeout=90)
+        failed = play("main", mlflow_stack_start_timeout=30)
         assert not failed.ok
         assert "mlflow" in failed.failure["found"]
         assert not any(value in failed.output for value in secrets().values())
@@ -229,9 +229,10 @@ def test_unmounted_by_hand_nothing_runs_and_nothing_is_written(how: str, play: P
     refused = play("main")
     assert refused.failure["safety_stop"] is True
     assert "no mount" in refused.failure["found"]
-    shell("systemctl restart docker")
-    time.sleep(8)
-    wait_down(5)
+    if how == "umount -l":
+        shell("systemctl restart docker")
+        time.sleep(8)
+        wait_down(5)
     assert_root_disk_clean()
     shell(f"mount {source} /mnt/block")
     wait_healthy()
@@ -261,12 +262,25 @@ def test_docker_restarted_with_the_volume_there() -> None:
     wait_healthy()
 
 
-@pytest.mark.parametrize("kill", [False, True])
-def test_the_node_rebooted_or_cut_off(kill: bool, play: Play) -> None:
-    assert play("verify").ok
-    nodes.reboot(NODE, kill=kill)
+def test_the_node_cut_off_while_runs_are_logged(play: Play) -> None:
+    """A power cut loses the run that was being logged, and none that had been told to be finished."""
+    nodes.execute(NODE, "tee", "/root/probe.py", data=(PROJECT / "roles/mlflow_stack/files/probe.py").read_bytes())
+    shell(
+        "nohup bash -c 'cd /root; while docker exec -i jupyter python3 - http://mlflow:8000 write < probe.py >> probes;"
+        " do :; done' >/dev/null 2>&1 &"
+    )
+    deadline = time.monotonic() + RECOVERY
+    while len(shell("cat /root/probes", check=False).splitlines()) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    nodes.reboot(NODE, kill=True)
     shell("mountpoint -q /mnt/block || mount /mnt/block")
     wait_healthy()
+    told = [json.loads(line)["run_id"] for line in shell("cat /root/probes").splitlines() if line.endswith("}")]
+    assert len(told) >= 3
+    for run_id in told:
+        run = shell(f"curl -sf 'http://127.0.0.1:8000/api/2.0/mlflow/runs/get?run_id={run_id}'")
+        assert json.loads(run)["run"]["info"]["status"] == "FINISHED"
     read = play("verify", mlflow_stack_verify_write=False)
     assert read.ok, read.output
 
@@ -285,24 +299,7 @@ def test_the_node_rebooted_without_its_volume() -> None:
     wait_healthy()
 
 
-# -- data that doesn't fit -------------------------------------------------------------------------------------------
-
-
-def test_another_postgresql_major_is_a_safety_stop(play: Play) -> None:
-    assert play("stop").ok
-    pg = "/mnt/block/postgres_data"
-    shell(f"cp -p {pg}/PG_VERSION /root/ && echo 15 > {pg}/PG_VERSION")
-    before = shell(f"find {pg} -type f -newermt '-1 hour' | sort | xargs sha256sum | sha256sum")
-    try:
-        refused = play("main")
-        assert refused.failure["safety_stop"] is True
-        assert "PostgreSQL 15" in refused.failure["expected"]
-        assert not shell("docker ps -q").strip()
-        assert shell(f"find {pg} -type f -newermt '-1 hour' | sort | xargs sha256sum | sha256sum") == before
-    finally:
-        shell(f"cp -p /root/PG_VERSION {pg}/PG_VERSION")
-        assert play("main").ok
-    assert play("verify", mlflow_stack_verify_write=False).ok
+# -- taken down (data that doesn't fit: test_tutorial.py) ------------------------------------------------------------
 
 
 def test_stopped_means_stopped_cleanly_and_converge_starts_again(play: Play) -> None:
@@ -317,6 +314,6 @@ def test_stopped_means_stopped_cleanly_and_converge_starts_again(play: Play) -> 
     shell(f"umount /mnt/block && mount {source} /mnt/block")
     assert play("main").ok
     started = shell(STARTED_AT)
-    time.sleep(15)
+    time.sleep(8)  # the guard looks every 5 s
     assert shell(STARTED_AT) == started, "the guard restarted services that had just been started on this very mount"
     assert play("verify", mlflow_stack_verify_write=False).ok

@@ -73,8 +73,13 @@ def prove(params: dict[str, Any], environment: str, image: str, values: dict[str
     except BaseException:
         withdraw(project_dir, environment)
         raise
-    refusals = [f"{name}: {said[name]}" for name in ("postgres", "s3") if said[name]]
+    refusals = [f"{name}: {said[name]}" for name in docker.STORES if said[name]]
     if refusals:
+        containers = docker.inspect("container", list(docker.STORES))
+        silent = tuple(
+            name for name, one in containers.items() if not one["State"].get("Running") or one["RestartCount"]
+        )
+        refusals += [docker.complaints(containers, silent)] if silent else []
         withdraw(project_dir, environment)
         raise Stop(
             f"{data_dir} was made without labctl, and its servers don't accept the credentials; none was kept.",
