@@ -22,17 +22,22 @@ NODE = "backup"
 PROGRAM = "/usr/local/lib/labctl/labctl_backup"
 WORK = Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"])
 PROBE = PROJECT / "roles" / "mlflow_stack" / "files" / "probe.py"
-#: Ends the process and all that it started at its n-th word of progress, as a power cut would.
+#: Ends the process and all that it started, as a power cut would, at the first word of progress in which it wasn't
+#: ended before; so that repeating a command goes through all of its steps.
 KILLER = """
-import os, signal, sys
+import os, re, signal, sys
 sys.path.insert(0, "/usr/local/lib/labctl")
 from labctl_backup import job
-limit, calls, put = int(sys.argv.pop(1)), 0, job.Job._put
+with open("/root/killed", "a+") as handle:
+    handle.seek(0)
+    known = handle.read().splitlines()
+put = job.Job._put
 def counting(self, **facts):
-    global calls
-    calls += 1
     put(self, **facts)
-    if calls == limit:
+    word = re.sub("[0-9]+", "#", f"{self._state['step']}: {self._state['text']}")
+    if self._state["state"] == "running" and word not in known:
+        with open("/root/killed", "a") as handle:
+            handle.write(word + "\\n")
         os.killpg(0, signal.SIGKILL)
 job.Job._put = counting
 from labctl_backup.__main__ import main
@@ -64,10 +69,14 @@ class Lab:
         """Run a script as root on the node."""
         return nodes.execute(NODE, "bash", "-o", "pipefail", "-c", script, check=check, data=data)
 
-    def run(self, *arguments: str, kill_at: int = 0) -> Ended:
-        """One of the program's commands; with `kill_at`, it is killed at that word of its progress."""
+    def killed_at(self) -> list[str]:
+        """The steps in which the command was killed since `forget_kills`."""
+        return self.shell("cat /root/killed", check=False).splitlines()
+
+    def run(self, *arguments: str, kill: bool = False) -> Ended:
+        """One of the program's commands; with `kill`, it is killed in the first step in which it wasn't before."""
         job = "/run/labctl-backup/job-test.json"
-        program = f"/root/killer.py {kill_at}" if kill_at else PROGRAM
+        program = "/root/killer.py" if kill else PROGRAM
         command = (
             f"rm -f {job}; setsid --wait python3 {program} {' '.join(arguments)} --job test 2>/root/words; echo $?"
         )

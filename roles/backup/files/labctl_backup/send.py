@@ -145,7 +145,9 @@ class Outbox:
         """Take a file (it is moved). Returns its SHA-256, and what the container will say of it."""
         sha256, stored = digest(path, os.O_NOFOLLOW)
         taking = self._taking
-        if sha256 in taking.contents.objects or taking.has(sha256):
+        named = sha256 in taking.contents.objects
+        taking.contents.objects[sha256] = stored
+        if named or taking.has(sha256):
             return sha256, stored
         # an object that no set names is one that a killed run sent, or a listing that is behind: it is asked for
         there = taking.stored.get(sha256)
@@ -153,7 +155,6 @@ class Outbox:
         target = os.path.join(self._folder, kind, object_path(sha256))
         os.makedirs(os.path.dirname(target), exist_ok=True)
         os.replace(path, target)
-        taking.contents.objects[sha256] = stored
         self._count[kind] += 1
         taking.sent += 1
         taking.sent_bytes += stored.size

@@ -131,7 +131,9 @@ def _previous(taking: Taking, sets: list[BackupSet]) -> Contents:
 def _small_files(taking: Taking, files: str, private: str, secrets: dict[str, str], marker: dict[str, Any]) -> None:
     encrypted = host.encrypt(taking.rclone, private, json.dumps(secrets).encode())
     shutil.copyfile(encrypted, os.path.join(files, SECRETS))
-    for name, data in {CONTENTS: taking.contents.pack(), VOLUME: json.dumps(marker, indent=1).encode()}.items():
+    contents = taking.contents.pack()
+    Contents.unpack(contents)  # what a restore couldn't read must never get a manifest
+    for name, data in {CONTENTS: contents, VOLUME: json.dumps(marker, indent=1).encode()}.items():
         with open(os.path.join(files, name), "wb") as handle:
             handle.write(data)
 
