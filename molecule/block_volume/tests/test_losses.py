@@ -242,6 +242,25 @@ def test_a_volume_whose_end_is_missing_is_left_alone() -> None:
         leave(cage)
 
 
+def test_check_mode_shows_the_plan_of_each_kind_and_writes_nothing() -> None:
+    """`grow` is shown above."""
+    cage = nodes.attach(NODE, gib=64 / 1024)
+    try:
+        for make, plan in (
+            ("", "initialise"),
+            (TUTORIAL, "use"),
+            ("echo x | dd of=$D bs=1M seek=1 conv=notrunc", "stop"),
+        ):
+            shell(cage, f"blkdiscard -z $D; partx -d $D || true; {make}; udevadm settle")
+            before = digest(cage)
+            said = direct.run(NODE, volume_id=cage["id"], check=True)
+            assert said["plan"] == plan and said["diff"]["after"].startswith(f"plan: {plan}: {said['reason']}"), said
+            assert digest(cage) == before
+            assert bool(said.get("safety_stop")) == (plan == "stop")
+    finally:
+        leave(cage)
+
+
 def test_growing_waits_for_the_size_that_the_cloud_says() -> None:
     cage = filled("tutorial")
     try:

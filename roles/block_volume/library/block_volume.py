@@ -113,6 +113,7 @@ class Run:
             expected=plan.expected,
             found=plan.found,
             next_step=plan.next_step,
+            diff={"before": "", "after": f"plan: {block_model.STOP}: {plan.reason}\n"},
         )
 
     # -- which disk ---------------------------------------------------------------------------------------

@@ -217,7 +217,11 @@ def _contradiction(area: Area) -> Plan:
 
 def _table(facts: Facts) -> Plan | None:
     """What is wrong with a disk's partition table, if anything is."""
-    disk, table = facts.disk, facts.table
+    return _damage(facts.disk) or _partitions(facts)
+
+
+def _damage(disk: Area) -> Plan | None:
+    """Whether the table is half destroyed, or not alone."""
     strays = {kind for _offset, kind in disk.signatures} - {"gpt", "PMBR", "dos"}
     if disk.kind or disk.usage or strays:
         found = f"{disk.table} and {disk.kind or ', '.join(sorted(strays))}"
@@ -236,6 +240,12 @@ def _table(facts: Facts) -> Plan | None:
             found="the backup only",
             next_step=f"restore it with `gdisk {disk.path}` (r, b, w) after a snapshot of the volume",
         )
+    return None
+
+
+def _partitions(facts: Facts) -> Plan | None:
+    """Whether there is one partition, whole, and the kernel knows it."""
+    disk, table = facts.disk, facts.table
     if any(extent.end > disk.size for extent in table.extents):
         return stop(
             f"{disk.path} is smaller than its partition: its end is missing",
