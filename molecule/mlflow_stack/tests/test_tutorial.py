@@ -45,7 +45,7 @@ CREDENTIALS = {
     "s3_password": OWN["MINIO_ROOT_PASSWORD"],
 }
 OLD_REVISION, NEW_REVISION = "0584bdc529eb", "dc11669786a5"
-STEPS = ("dump", "restore", "upgrade", "swap", "start")
+STEPS = ("dump", "restore", "one-shot", "upgrade", "swap", "start")
 
 
 def shell(script: str, check: bool = True) -> str:
@@ -335,13 +335,14 @@ def test_without_the_right_credentials_nothing_is_kept(given: dict[str, str], pl
 
 
 def kill_at(step: str) -> str:
-    """A program for the node: SIGKILL to the module as soon as the process table shows that it is at the step."""
+    """A program for the node: SIGKILL to the module, or its one-shot container, once it is seen to be at the step."""
     return f"""
-import os, signal, time
+import os, signal, subprocess, time
 SIGNS = {{
     'dump': lambda words, journal: words.startswith('docker exec') and ' pg_dump ' in words,
     'restore': lambda words, journal: words.startswith('docker exec') and ' pg_restore ' in words,
     # a session of the one-shot container in the copy: the migration is under way
+    'one-shot': lambda words, journal: SIGNS['upgrade'](words, journal),
     'upgrade': lambda words, journal: words.startswith('postgres: ada labctl_upgrade ') and '[local]' not in words,
     # the journal says that all is ready, and the next statement changes the names: before, in or after it
     'swap': lambda words, journal: '"content"' in journal,
@@ -369,7 +370,10 @@ while time.monotonic() < end:
         if words.startswith('docker ') and 'python3' in processes.get(parent, ('', 0))[0]:
             module = parent
     if module in processes and any(SIGNS[{step!r}](words, journal) for words, _ in processes.values()):
-        os.kill(module, signal.SIGKILL)
+        if {step!r} == 'one-shot':
+            subprocess.run(['docker', 'kill', 'labctl-mlflow-upgrade'], check=True)
+        else:
+            os.kill(module, signal.SIGKILL)
         raise SystemExit
 raise SystemExit('the step never came')
 """
