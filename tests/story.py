@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -171,6 +174,30 @@ class Evidence:
         """What of this is missing or different in what was read later."""
         pairs = ((self.runs, later.runs), (self.artifacts, later.artifacts), (self.files, later.files))
         return [key for before, after in pairs for key, value in before.items() if after.get(key) != value]
+
+
+@contextmanager
+def logging(lab: Commands, prefix: str) -> Iterator[dict[str, float]]:
+    """Log one run after the other until the node is gone; what MLflow acknowledged is in the dictionary."""
+    acknowledged: dict[str, float] = {}
+    enough, stop = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with contextlib.suppress(OSError, urllib.error.URLError):  # the node is gone, which is what is waited for
+            while not stop.is_set():
+                number = len(acknowledged)
+                run = Mlflow().log_run(f"{prefix}-{number}", {"number": number}, f"{prefix} {number}".encode() * 1000)
+                acknowledged[run] = number
+                if number >= 3:
+                    enough.set()
+
+    thread = threading.Thread(target=work, daemon=True)
+    with lab.tunnel():
+        thread.start()
+        assert enough.wait(60), "nothing could be logged"
+        yield acknowledged
+        stop.set()
+        thread.join(timeout=60)
 
 
 def sandbox_cloud() -> Any:

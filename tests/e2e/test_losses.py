@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from story import Commands, sandbox_cloud
+from story import Commands, Evidence, logging, sandbox_cloud
 
 VOLUMES = Path(os.environ.get("LABCTL_SANDBOX_STATE", "/var/lib/labctl-sandbox"), "volumes")
 
@@ -44,3 +44,18 @@ def test_a_volume_with_unknown_content_is_exit_6_and_byte_identical(lab: Command
         assert hashlib.sha256(backing.read_bytes()).hexdigest() == before
     finally:
         lab.run("--lab", str(other), "--yes", "destroy", "--force")
+
+
+def test_the_volume_torn_away_while_postgresql_writes_comes_back_with_all_that_was_acknowledged(lab: Commands) -> None:
+    lab.run("verify")
+    before = Evidence.collect(lab)
+    cloud = sandbox_cloud()
+    server, volume = cloud.get_server("node-persist-e2e"), cloud.get_volume("block-persist-e2e")
+    with logging(lab, "torn") as acknowledged:
+        cloud.compute.delete_volume_attachment(server.id, volume.id)
+        cloud.block_storage.wait_for_status(volume, "available", failures=["error"], wait=60)
+    assert lab.json("status")["volume"]["attached"] is False
+    assert lab.json("reattach-volume")["earlier_runs"] >= 1
+    after = Evidence.collect(lab)
+    assert not before.lost(after)
+    assert not [run for run, value in acknowledged.items() if after.runs.get(run, {}).get("number") != value]

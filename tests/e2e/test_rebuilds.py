@@ -2,41 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
-import urllib.error
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from story import Commands, Evidence, Mlflow, delete_server_behind_labctl, kill_node
+from story import Commands, Evidence, Mlflow, delete_server_behind_labctl, kill_node, logging
 
 SERVER = "node-persist-e2e"
-
-
-@contextmanager
-def logging(lab: Commands, prefix: str) -> Iterator[dict[str, float]]:
-    """Log one run after the other until the node is gone; what MLflow acknowledged is in the dictionary."""
-    acknowledged: dict[str, float] = {}
-    enough, stop = threading.Event(), threading.Event()
-
-    def work() -> None:
-        with contextlib.suppress(OSError, urllib.error.URLError):  # the node is gone, which is what is waited for
-            while not stop.is_set():
-                number = len(acknowledged)
-                run = Mlflow().log_run(f"{prefix}-{number}", {"number": number}, f"{prefix} {number}".encode() * 1000)
-                acknowledged[run] = number
-                if number >= 3:
-                    enough.set()
-
-    thread = threading.Thread(target=work, daemon=True)
-    with lab.tunnel():
-        thread.start()
-        assert enough.wait(60), "nothing could be logged"
-        yield acknowledged
-        stop.set()
-        thread.join(timeout=60)
 
 
 def cycle(lab: Commands, number: int) -> None:
