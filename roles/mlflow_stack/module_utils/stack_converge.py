@@ -329,6 +329,7 @@ class Converge:
         docker.write_atomically(STORES_ENVIRONMENT, environment)
         upgrade, stopped = self._upgrade(), []
         with docker.locked():
+            before = docker.inspect("container", list(docker.STORES))
             self._compose_up(docker.STORES, STORES_ENVIRONMENT)
             try:
                 upgrade.recover()
@@ -337,6 +338,18 @@ class Converge:
                     stopped = schema.stop_writers(self.project_dir)
                     pgpass = os.path.join(self.secrets_dir, "pgpass")
                     upgrade.run(mlflow, self.params["mlflow_uid"], pgpass, found.revisions[0], image)
+            except Stop:
+                if not any(one["State"].get("Running") for one in before.values()):  # started only to be asked
+                    docker.compose(
+                        self.project_dir,
+                        "rm",
+                        "--stop",
+                        "--force",
+                        *docker.STORES,
+                        seconds=STOP_SECONDS,
+                        environment=STORES_ENVIRONMENT,
+                    )
+                raise
             except (schema.UpgradeFailed, docker.DockerFailed, OSError) as failure:
                 if stopped:
                     docker.docker("start", *stopped, check=False)
