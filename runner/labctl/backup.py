@@ -29,6 +29,8 @@ from labctl.models import Server
 PROGRAM = "/usr/local/lib/labctl/labctl_backup"
 #: Where the program looks for keys that this machine brings.
 KEYS_ON_HOST = "/run/labctl-backup/keys.json"
+#: The role's task that asks systemd about a schedule.
+CHECK_TASK = "systemd understands the schedule"
 #: What a restore needs of the host; the services come up on what was restored.
 HOST_ROLES = ("block_volume", "docker", "rclone")
 #: Seconds that the server holds a question open, that ssh gets on top, and that a broken connection is tried again.
@@ -94,7 +96,18 @@ def schedule(ctx: Context, expression: str, keep: int | None) -> None:
         stores.ensure_container(ctx.cloud, container_of(ctx.lab.lab), {META_LAB: ctx.lab.lab})
     # the host first: it knows whether systemd understands the expression
     variables = {"backup_entry": "main", "backup_schedule": expression, "backup_keep": keep or 0}
-    lifecycle.play(ctx, server, "backup.yml", {**variables, "backup_check_schedule": True}, volume=volume)
+    try:
+        lifecycle.play(ctx, server, "backup.yml", {**variables, "backup_check_schedule": True}, volume=volume)
+    except ConvergeFailed as failed:
+        if CHECK_TASK not in failed.what:
+            raise
+        raise ConfigError(
+            f"systemd doesn't understand the schedule {expression!r}.",
+            expected="daily, hourly, weekly, 'Mon 03:00' or another expression of OnCalendar= (man systemd.time)",
+            found=failed.detail,
+            source="--schedule",
+            next_step="labctl backup --schedule daily",
+        ) from None
     remembered = {META_BACKUP_SCHEDULE: "" if off else expression, META_BACKUP_KEEP: "" if off else str(keep or 0)}
     volumes.set_metadata(ctx.cloud, volume.id, **remembered)
 

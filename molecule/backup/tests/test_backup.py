@@ -42,7 +42,7 @@ def test_the_next_one_sends_only_what_differs(lab: Lab) -> None:
     again = lab.run("backup")
     assert (again.result["read"], again.result["sent"]) == (0, 0)
     put_object(lab, "new/one.bin")
-    lab.shell("echo more >> '/mnt/block/workspace/my work/sub/naïve.py'")
+    lab.shell("date +%N >> '/mnt/block/workspace/my work/sub/naïve.py'")
     changed = lab.run("backup")
     assert (changed.result["read"], changed.result["sent"]) == (1, 2)
     assert changed.result["objects"] == again.result["objects"] + 1
