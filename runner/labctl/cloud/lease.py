@@ -22,6 +22,8 @@ FLAVOR_KIND = "flavor:instance"
 #: On its way to ACTIVE, and on its way out of the world.
 COMING = frozenset({"CREATING", "PENDING", "STARTING", "UPDATING"})
 ENDING = frozenset({"TERMINATING", "TERMINATED", "DELETING"})
+#: States that pass by themselves; in them Blazar refuses every change. PENDING isn't one: it may last until a start.
+PASSING = frozenset({"CREATING", "STARTING", "UPDATING", "TERMINATING", "DELETING"})
 #: Seconds until ACTIVE: Blazar looks every 10 s (26 s seen), and takes its time on a busy site.
 ACTIVE_TIMEOUT = 300
 #: Seconds until a deleted lease is gone. Its servers go first, which Blazar waits for.
@@ -211,19 +213,30 @@ def extend(cloud: Cloud, lease: Lease, ends: datetime, tell: Tell) -> Lease:
 
 
 def delete(cloud: Cloud, lease_id: str, tell: Tell, timeout: float = DELETE_TIMEOUT) -> bool:
-    """Ends a lease AND DELETES ITS SERVERS, and waits until it is gone. False when there was none."""
-    tell(f"deleting lease {lease_id}")
-    with refusals(f"delete lease {lease_id}"):
-        try:
-            _ask(cloud, "DELETE", f"/leases/{lease_id}")
-        except Exception as error:
-            if status_of(error) == 404:
-                return False
-            raise
+    """Ends a lease AND DELETES ITS SERVERS, and waits until it is gone. False when there was none.
+
+    Blazar deletes none that is on its way to another state: that passes first.
+    """
+    seen: list[str] = []
 
     def look() -> str:
         left = get(cloud, lease_id)
-        return "" if left is None else f"lease {left.name} is {left.status}"
+        if left is None:
+            return ""
+        seen.append(left.status)
+        if left.status not in PASSING:
+            _request_deletion(cloud, left)
+        return f"lease {left.name} is {left.status}, to be deleted"
 
     wait_gone(look, tell, timeout)
-    return True
+    return bool(seen)
+
+
+def _request_deletion(cloud: Cloud, lease: Lease) -> None:
+    with refusals(f"delete lease {lease.name} ({lease.id})"):
+        try:
+            _ask(cloud, "DELETE", f"/leases/{lease.id}")
+        except Exception as error:
+            now = get(cloud, lease.id)
+            if status_of(error) is None or (now is not None and now.status == lease.status):
+                raise  # not a state that began since the last look
