@@ -8,7 +8,7 @@ from pathlib import Path
 
 from labctl import ansible, lifecycle, ssh
 from labctl.ansible import Outcome
-from labctl.cloud import META_LAB
+from labctl.cloud import FINISHED, META_EXTEND, META_LAB, UNFINISHED
 from labctl.cloud import server as servers
 from labctl.cloud import volume as volumes
 from labctl.context import Context
@@ -159,17 +159,24 @@ def extend(ctx: Context, name: str, size_gib: int) -> tuple[Volume, Outcome | No
 
 
 def _grow(ctx: Context, server: Server, volume: Volume) -> Outcome:
-    """Grow partition and filesystem on the host, with the services running wherever the host's kernel allows it."""
+    """Grow partition and filesystem on the host, with the services running wherever the host's kernel allows it.
+
+    Where it doesn't, the server is tagged until they run again: a run that is cut off between must be finished.
+    """
+    stopped = server.metadata.get(META_EXTEND) == UNFINISHED
+    only = () if stopped else ("block_volume",)
     try:
-        outcome = lifecycle.converge_host(ctx, server, volume, only=("block_volume",), never_format=True, grow=True)
-        if not any(f"+mount at {ctx.lab.volume.mount_point}\n" in diff for diff in outcome.diffs):
-            return outcome
+        outcome = lifecycle.converge_host(ctx, server, volume, only=only, never_format=True, grow=True)
     except ansible.UnmountNeeded as refused:
-        ctx.progress.note(f"{refused.what} The services stop for a moment.")
+        ctx.progress.note(f"{refused.what}: the services stop for a moment.")
+        servers.set_metadata(ctx.cloud, server.id, **{META_EXTEND: UNFINISHED})
+        stopped = True
         if not lifecycle.drain_host(ctx, server, force=False):
             raise HostUnreachable(f"{server.name} couldn't be drained.", next_step="labctl status") from None
-    # it was unmounted, by us or by a run that was cut off: all that needs it is started again
-    return lifecycle.converge_host(ctx, server, volume, never_format=True, grow=True)
+        outcome = lifecycle.converge_host(ctx, server, volume, never_format=True, grow=True)
+    if stopped:
+        servers.set_metadata(ctx.cloud, server.id, **{META_EXTEND: FINISHED})
+    return outcome
 
 
 def doomed(ctx: Context, name: str) -> Volume:

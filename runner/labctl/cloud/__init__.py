@@ -15,4 +15,6 @@ META_BACKUP_SCHEDULE, META_BACKUP_KEEP = "labctl_backup_schedule", "labctl_backu
 META_LEASE, META_LEASE_ENDS = "labctl_lease_id", "labctl_lease_ends"
 #: Server metadata key that a rebuild sets on the server it makes: UNFINISHED until everything was read back.
 META_REBUILD = "labctl_rebuild"
+#: The same for a `volume extend` that had to stop the services: UNFINISHED until they run again.
+META_EXTEND = "labctl_extend"
 UNFINISHED, FINISHED = "unfinished", "finished"
