@@ -60,6 +60,7 @@ import shutil
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.stack_converge import Converge, Failed, stop_services
 from ansible.module_utils.stack_docker import DockerFailed
+from ansible.module_utils.stack_marker import MarkerError
 from ansible.module_utils.stack_plan import Stop
 
 
@@ -94,6 +95,12 @@ def main() -> None:
         module.exit_json(**Converge(params, check).run())
     except Stop as stop:
         module.fail_json(safety_stop=True, **stop.facts)
+    except MarkerError as error:
+        step = "look at the file, then converge again"
+        module.fail_json(safety_stop=True, msg="The volume's marker can't be used.", found=str(error), next_step=step)
+    except OSError as error:
+        step = "labctl status shows the room on the volume; `dmesg` on the server shows a failing disk"
+        module.fail_json(msg=f"The host's or the volume's filesystem refused: {error}", next_step=step)
     except Failed as failure:
         module.fail_json(**failure.facts)
     except DockerFailed as failure:

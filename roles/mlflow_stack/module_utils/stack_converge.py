@@ -202,9 +202,22 @@ class Converge:
         if differs:
             self.changes.append(f"{path} written")
 
+    def _kept_secrets(self) -> dict[str, str] | None:
+        """The volume's secrets, None where none were made yet; Stop for a file that can't be understood."""
+        try:
+            kept: dict[str, str] | None = keys.load(self.secrets_dir)
+        except ValueError as error:
+            raise Stop(
+                "The volume's secrets can't be read; without them nobody gets into its database.",
+                expected=f"{self.secrets_dir}/{keys.FILE} as labctl wrote it",
+                found=str(error),
+                next_step="bring the file back, or restore a backup: `labctl restore`",
+            ) from None
+        return kept
+
     def _prepare(self, plan: Plan) -> None:
         """Folders, secrets and the demo notebook: only what the volume lacks."""
-        self.secrets = keys.load(self.secrets_dir)
+        self.secrets = self._kept_secrets()
         if self.check:
             if self.secrets is None:
                 self.changes.append("secrets generated, folders made")
