@@ -146,18 +146,21 @@ def restore(ctx: Context, wish: Wish) -> tuple[dict[str, Any], Verification]:
     lifecycle.converge_host(ctx, server, volume, only=HOST_ROLES)
     send_keys(ctx, server, keys)
     result = run(ctx, server, ["restore", *wish.arguments, *_container(wish.from_lab)])
-    return result, _serve(ctx, server)
+    return result, _serve(ctx)
 
 
 def undo(ctx: Context) -> tuple[dict[str, Any], Verification]:
     """Serve again what was served before the last restore. Nothing is deleted."""
     server = lifecycle.existing_server(ctx)
     result = run(ctx, server, ["undo"])
-    return result, _serve(ctx, server)
+    return result, _serve(ctx)
 
 
-def _serve(ctx: Context, server: Server) -> Verification:
-    lifecycle.converge_host(ctx, server, lifecycle.existing_volume(ctx), never_format=True)
+def _serve(ctx: Context) -> Verification:
+    """The services on what the marker points to now, and everything read back."""
+    # the server as it is now: its record names the credential that the first converge made
+    server, volume = lifecycle.existing_server(ctx), lifecycle.existing_volume(ctx)
+    lifecycle.converge_host(ctx, server, volume, never_format=True)
     return lifecycle.verify(ctx)
 
 
