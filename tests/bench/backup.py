@@ -26,9 +26,8 @@ printf '[s3]\\ntype = s3\\nprovider = Minio\\nendpoint = http://127.0.0.1:9000\\
 printf 'access_key_id = %s\\nsecret_access_key = %s\\n' "$(cat s3_user)" "$(cat s3_password)" >> /root/s3.conf
 rclone --config /root/s3.conf copy /root/tree s3:mlflow-artifacts --transfers 16"""
 COPY = (
-    "rm -rf /root/plain; started=$(date +%s.%N);"
-    f" rclone --config /etc/rclone/rclone.conf copy /root/tree chi_tacc:backup-persist-{LAB}-plain {FLAGS};"
-    " echo $(date +%s.%N) $started"
+    "started=$(date +%s.%N); rclone --config /etc/rclone/rclone.conf copy /root/tree chi_tacc:{container}-plain"
+    f" {FLAGS}; echo $(date +%s.%N) $started"
 )
 
 
@@ -49,13 +48,13 @@ def requests(container: str, since: float) -> int:
     )
 
 
-def measured(lab: Commands) -> dict[str, Any]:
+def measured(lab: Commands, container: str) -> dict[str, Any]:
     """One backup: its own seconds, the command's, and the store's requests."""
     began, started = time.time(), time.monotonic()
     result = lab.json("backup")
     seconds = time.monotonic() - started
     time.sleep(2)  # the log is written a moment later
-    asked = requests(f"backup-persist-{LAB}", began)
+    asked = requests(container, began)
     return {
         "seconds": result["seconds"],
         "command_seconds": round(seconds, 1),
@@ -64,12 +63,13 @@ def measured(lab: Commands) -> dict[str, Any]:
     }
 
 
-def measure(lab: Commands) -> dict[str, Any]:
-    """Fill the lab, back it up twice, and copy the same files plainly, before and after to even out a busy machine."""
+def measure(lab: Commands, name: str) -> dict[str, Any]:
+    """Fill the lab, back it up twice, and in between copy the same files plainly."""
+    container = f"backup-persist-{name}"
     as_root(lab, FILL)
-    first = measured(lab)
-    ended, started = map(float, as_root(lab, COPY).split())
-    again = measured(lab)
+    first = measured(lab, container)
+    ended, started = map(float, as_root(lab, COPY.replace("{container}", container)).split())
+    again = measured(lab, container)
     plain = ended - started
     assert again["sent"] == 0
     return {
@@ -90,12 +90,11 @@ def main() -> int:
     lab.run("init", LAB)
     try:
         lab.run("up")
-        found = measure(lab)
+        found = measure(lab, LAB)
     finally:
-        if "--keep" not in sys.argv:
-            as_root(lab, f"rclone --config /etc/rclone/rclone.conf purge chi_tacc:backup-persist-{LAB}-plain || true")
-            lab.run("--yes", "backup", "delete", "--all")
-            lab.run("--yes", "destroy", "--force")
+        as_root(lab, f"rclone --config /etc/rclone/rclone.conf purge chi_tacc:backup-persist-{LAB}-plain || true")
+        lab.run("--yes", "backup", "delete", "--all")
+        lab.run("--yes", "destroy", "--force")
     (REPOSITORY / "build" / "bench-backup.json").write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2))
     return 0

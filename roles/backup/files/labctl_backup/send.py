@@ -17,7 +17,7 @@ from labctl_backup.job import Job
 from labctl_backup.model import Contents, S3Object, Stored, WorkspaceEntry, object_path
 from labctl_backup.rclone import NOT_FOUND, S3, Rclone, names_file
 from labctl_backup.source import VERSION, digest, s3_objects, workspace_entries
-from labctl_backup.store import PARALLEL, Store
+from labctl_backup.store import Store, chosen
 
 #: What is staged on the server's own disk at a time: big enough that starting rclone costs nothing, small enough for
 #: the smallest flavor's disk; never more than a quarter of what is free there.
@@ -109,16 +109,8 @@ def _send_batch(taking: Taking, batch: list[S3Object]) -> None:
     with tempfile.TemporaryDirectory(dir=taking.staging) as folder:
         arrived = os.path.join(folder, "in")
         with names_file(f"{one.bucket}/{one.key}" for one in batch) as names:
-            taking.rclone.run(
-                "copy",
-                f"{S3}:",
-                arrived,
-                "--files-from-raw",
-                names,
-                "--no-traverse",
-                *PARALLEL,
-                accept=(0, 1, *NOT_FOUND),
-            )
+            # what isn't there any more, or has a name that no folder can hold, is looked at below
+            taking.rclone.run("copy", f"{S3}:", arrived, *chosen(names, len(batch)), accept=(0, 1, *NOT_FOUND))
         missed = []
         out = Outbox(taking, os.path.join(folder, "out"))
         for one in batch:

@@ -27,8 +27,8 @@ from labctl_backup.model import (
 from labctl_backup.rclone import NOT_FOUND, Rclone, names_file
 from labctl_backup.source import digest
 
-#: Requests at a time. The tutorial's 32 gains nothing over 16 on a store that answers each in milliseconds.
-PARALLEL = ("--transfers", "16", "--checkers", "16")
+#: Requests at a time, as the tutorial has them (1,000 objects: 20 s with 32, 29 s with 16, on a busy machine).
+PARALLEL = ("--transfers", "32", "--checkers", "16")
 #: One listing instead of one a folder.
 LIST_ALL = ("-R", "--files-only", "--fast-list", "--no-modtime")
 #: Above this rclone cuts an object into segments, and the listing says 0 bytes.
@@ -158,8 +158,7 @@ class Store:
         if not names:
             return
         with names_file(names) as file:
-            how = ("--fast-list",) if len(names) > LISTING_PAYS else ("--no-traverse",)
-            self.rclone.run("copy", self.path(below), folder, "--files-from-raw", file, *PARALLEL, *how)
+            self.rclone.run("copy", self.path(below), folder, *chosen(file, len(names)))
 
     def remove_objects(self, hashes: Collection[str]) -> None:
         """Objects that no set names."""
@@ -213,6 +212,12 @@ class Store:
         now = time.time()
         self._lease |= {"renewed": now, "until": iso(now + decide.LEASE_SECONDS)}
         self.put(LEASE, json.dumps(self._lease).encode())
+
+
+def chosen(names: str, count: int) -> list[str]:
+    """Options for a copy of `count` names that a file lists: many are found by one listing, few by a request each."""
+    how = "--fast-list" if count > LISTING_PAYS else "--no-traverse"
+    return ["--files-from-raw", names, how, *PARALLEL]
 
 
 def _md5(row: Mapping[str, Any]) -> str:
