@@ -252,7 +252,7 @@ def test_check_mode_shows_the_plan_of_each_kind_and_writes_nothing() -> None:
             (TUTORIAL, "use"),
             ("echo x | dd of=$D bs=1M seek=1 conv=notrunc", "stop"),
         ):
-            shell(cage, f"blkdiscard -z $D; partx -d $D || true; {make}; udevadm settle")
+            shell(cage, f"blkdiscard -f -z $D; partx -d $D || true; {make}\nudevadm settle")
             before = digest(cage)
             said = direct.run(NODE, volume_id=cage["id"], check=True)
             assert said["plan"] == plan and said["diff"]["after"].startswith(f"plan: {plan}: {said['reason']}"), said
