@@ -98,9 +98,10 @@ def _flavor_name(server: Any) -> str:
 
 
 def count_of_flavor(cloud: Cloud, flavor_id: str) -> int:
-    """How many servers of the project have that flavor. One request."""
+    """How many servers of the project have that flavor, without those that are no more. One request."""
     with refusals(f"count the servers of flavor {flavor_id}"):
-        return len(list(cloud.compute.compute.servers(details=False, flavor=flavor_id)))
+        listed = list(cloud.compute.compute.servers(details=True, flavor=flavor_id))
+    return len([one for one in listed if one.status not in GONE and one.task_state != "deleting"])
 
 
 def create(
