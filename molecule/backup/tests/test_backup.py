@@ -26,7 +26,9 @@ def stored(lab: Lab) -> set[str]:
 
 def with_manifest(lab: Lab) -> set[str]:
     """Ids of the sets that have a manifest."""
-    return {line.partition("/")[0] for line in lab.s3("lsf -R --files-only --include '*/manifest.json' store:sets").split()}
+    return {
+        line.partition("/")[0] for line in lab.s3("lsf -R --files-only --include '*/manifest.json' store:sets").split()
+    }
 
 
 # -- making ----------------------------------------------------------------------------------------------------------
