@@ -1,6 +1,6 @@
 """What a volume was made with, if neither labctl nor the tutorial chose it: the file that lab.yaml names.
 
-It is needed once, when the volume is adopted, and travels as a secret: in a 0600 file that goes once Ansible has read it.
+It is needed once, when the volume is adopted, and travels as a secret: in a 0600 file that goes once Ansible read it.
 """
 
 from __future__ import annotations
