@@ -249,6 +249,13 @@ def end(ctx: Context, *, keep: str = "") -> None:
             leases.delete(ctx.cloud, lease.id, step.tell)
 
 
+def possessions(ctx: Context) -> list[str]:
+    """The leases that `end` would end, in words."""
+    if not leases.offered(ctx.cloud):
+        return []
+    return [f"lease {one.name} ({one.id}, {one.status}, ends {shown(one.ends)})" for one in _made(ctx)]
+
+
 def _made(ctx: Context) -> list[Lease]:
     """The lab's leases that labctl made and that still are: a lease that the user made is the user's to end."""
     whose = (name_of(ctx.lab.lab), ctx.cloud.user_id, ctx.cloud.project_id)

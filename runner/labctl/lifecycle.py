@@ -373,6 +373,7 @@ def possessions(ctx: Context) -> Possessions:
     lab, lines = ctx.lab, []
     if server := servers.find(ctx.cloud, lab.server_name):
         lines.append(f"server {server.name} ({server.id}, {server.address or 'no address'})")
+    lines += leases.possessions(ctx)
     if volume := volumes.find(ctx.cloud, lab.volume_name):
         lines.append(f"volume {volume.name} ({volume.id}, {volume.size_gib} GiB) with all its data")
     if container := stores.stat(ctx.cloud, lab.container_name):
