@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,25 @@ from pathlib import Path
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_ansible import run
-run(Path({str(tmp_path)!r}), '    - ansible.builtin.shell: cat /proc/$PPID/status > {tmp_path}/status\\n')
+run(Path({str(tmp_path)!r}), '    - ansible.builtin.shell: echo $PPID > {tmp_path}/pid; sleep 5\\n')
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
-    status = dict(line.split(":", 1) for line in (tmp_path / "status").read_text().splitlines())
-    assert not int(status["SigIgn"], 16) & 1 << (signal.SIGHUP - 1), "a hangup of its terminal would not end it"
+    labctl = subprocess.Popen([sys.executable, "-c", script])
+    try:
+        wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip() != "")
+        playbooks = ["pgrep", "-f", f"ansible-playbook .*{tmp_path}/play.yml"]
+        assert subprocess.run(playbooks, capture_output=True, check=False).returncode == 0
+        labctl.kill()
+        labctl.wait()
+        wait_until(lambda: subprocess.run(playbooks, capture_output=True, check=False).returncode == 1)
+    finally:
+        labctl.kill()
+
+
+def wait_until(there: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
 
 
 def test_check_mode_changes_nothing_and_shows_the_difference(tmp_path: Path) -> None:
