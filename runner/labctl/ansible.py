@@ -212,10 +212,6 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         yield wished.is_set
         return
     former = {sign: signal.signal(sign, lambda *_: wished.set()) for sign in (signal.SIGINT, signal.SIGTERM)}
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        # under nohup: to ignore it is inherited, a handler isn't, and the hangup of its terminal is what ends Ansible
-        # when labctl is killed
-        former[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: None)
     try:
         yield wished.is_set
     finally:

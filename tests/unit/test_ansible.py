@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,34 +65,6 @@ def test_what_a_killed_run_left_is_removed_by_the_next_and_a_living_ones_folder_
         (folder / "variables.json").write_text(CANARY)
     run(tmp_path, "    - ansible.builtin.assert: {that: true}\n")
     assert (dead.exists(), alive.exists(), strange.exists()) == (False, True, True)
-
-
-def test_ansible_ends_with_a_labctl_that_is_killed_under_nohup_too(tmp_path: Path) -> None:
-    script = f"""
-import signal, sys
-from pathlib import Path
-signal.signal(signal.SIGHUP, signal.SIG_IGN)
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_ansible import run
-run(Path({str(tmp_path)!r}), '    - ansible.builtin.shell: echo $PPID > {tmp_path}/pid; sleep 5\\n')
-"""
-    labctl = subprocess.Popen([sys.executable, "-c", script])
-    try:
-        wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip() != "")
-        playbooks = ["pgrep", "-f", f"ansible-playbook .*{tmp_path}/play.yml"]
-        assert subprocess.run(playbooks, capture_output=True, check=False).returncode == 0
-        labctl.kill()
-        labctl.wait()
-        wait_until(lambda: subprocess.run(playbooks, capture_output=True, check=False).returncode == 1)
-    finally:
-        labctl.kill()
-
-
-def wait_until(there: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not there():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.2)
 
 
 def test_check_mode_changes_nothing_and_shows_the_difference(tmp_path: Path) -> None:
