@@ -13,9 +13,9 @@ PYTHON := $(shell for p in python3.13 python3.12 python3.11 python3; do \
 PACKAGES := ca-certificates debian-archive-keyring e2fsprogs iproute2 iptables mmdebstrap mount openssh-client python3-venv
 # an engine that is there already, Docker's own for instance, is left alone
 PACKAGES += $(shell command -v dockerd >/dev/null || [ -x /usr/sbin/dockerd ] || echo docker.io)
-ROLES := docker block_volume rclone etl mlflow_stack lease_guard
+ROLES := docker block_volume rclone etl mlflow_stack backup lease_guard
 # what takes longest begins first
-LONG := e2e molecule-mlflow_stack molecule-block_volume
+LONG := e2e molecule-mlflow_stack molecule-backup molecule-block_volume
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export ANSIBLE_CONFIG := $(CURDIR)/playbooks/ansible.cfg
 export ANSIBLE_ROLES_PATH := $(CURDIR)/roles
