@@ -47,7 +47,7 @@ class Target:
 
 
 def main() -> int:
-    """Run all targets; 0 when each ended well. After a failure nothing new is begun."""
+    """Run all targets, also after one failed; 0 when each ended well."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=2, help="targets that run at a time")
     parser.add_argument("targets", nargs="+", metavar="TARGET", help="make targets, the longest first")
@@ -58,7 +58,7 @@ def main() -> int:
         waiting.put(target)
 
     def work() -> None:
-        while all(target.code in (-1, 0) for target in targets):
+        while True:
             try:
                 target = waiting.get_nowait()
             except Empty:
@@ -71,10 +71,10 @@ def main() -> int:
     for worker in workers:
         worker.join()
     for target in targets:
-        if target.code > 0:
+        if target.code:
             print(f"\n== the end of {target.name}\n{''.join(target.tail)}")
     for target in targets:
-        outcome = {0: "ok", -1: "not run"}.get(target.code, f"FAILED ({target.code})")
+        outcome = "ok" if target.code == 0 else f"FAILED ({target.code})"
         print(f"{target.name:<28} {outcome:<12} {target.seconds / 60:5.1f} min")
     return 0 if all(target.code == 0 for target in targets) else 1
 

@@ -92,8 +92,8 @@ def restore(here: Settings, job: Job, asked: Asked) -> dict[str, Any]:
         wish = _wish(here, asked)
         plan = decide.decide(_facts(here, stack, home), wish, one.manifest, contents)
         if plan.already:
-            _close(here.at(str(stack["postgres_dir"]).partition("/")[0]))
-            return {"id": one.id, "already": True, "stack": stack}
+            record = _close(here.at(str(stack["postgres_dir"]).partition("/")[0]))
+            return {**record.get("result", {}), "id": one.id, "already": True, "stack": stack}
         if wrong := decide.missing_objects(contents, store.objects(contents.objects)):
             raise _damaged(f"{len(wrong)} objects are missing or differ: {described(contents, wrong)}")
         run = Restoring(here, job, rclone, store, private, one, contents, plan, home)
@@ -448,10 +448,7 @@ def _switch(run: Restoring, before: dict[str, Any]) -> dict[str, Any]:
     }
     if S3_FOLDERS[here.s3_flavour] == "minio_data":
         stack["s3_format"] = "xl-single"
-    stack_marker.write(here.data_dir, stack)
-    run.job.step("cleaning up")
-    _close(run.home)
-    return {
+    result = {
         "id": run.set.id,
         "already": False,
         "lab": manifest["lab"],
@@ -462,18 +459,28 @@ def _switch(run: Restoring, before: dict[str, Any]) -> dict[str, Any]:
         "objects": len(run.contents.s3),
         "files": manifest["workspace"]["files"],
     }
+    # for a run that is killed after the switch: the next one only closes, and tells the same
+    run.record["result"] = result
+    write_json(run.at(RECORD), run.record)
+    stack_marker.write(here.data_dir, stack)
+    run.job.step("cleaning up")
+    _close(run.home)
+    return result
 
 
-def _close(home: str) -> None:
-    """The restore is served: its record says so, and what was needed to make it goes."""
-    record = read_json(os.path.join(home, RECORD))
-    if isinstance(record, dict) and not record.get("served"):
-        write_json(os.path.join(home, RECORD), {**record, "served": iso(time.time())})
+def _close(home: str) -> dict[str, Any]:
+    """The restore is served: its record, which is returned, says so, and what was needed to make it goes."""
+    found = read_json(os.path.join(home, RECORD))
+    record: dict[str, Any] = found if isinstance(found, dict) else {}
+    if record and not record.get("served"):
+        record["served"] = iso(time.time())
+        write_json(os.path.join(home, RECORD), record)
     work = os.path.join(home, "work")
     if os.path.isdir(work) and not os.path.islink(work):
         shutil.rmtree(work)
     if os.path.exists(host.KEYS):
         os.unlink(host.KEYS)
+    return record
 
 
 def _place_workspace(run: Restoring) -> str:
