@@ -206,7 +206,10 @@ def sandbox_cloud() -> Any:
 
     clouds = Path(os.environ.get("LABCTL_SANDBOX_STATE", "/var/lib/labctl-sandbox")) / "clouds.yaml"
     config = openstack.config.OpenStackConfig(config_files=[str(clouds)]).get_one("sandbox")
-    return openstack.connection.Connection(config=config)
+    connection = openstack.connection.Connection(config=config)
+    # uWSGI's own HTTP socket closes a kept connection without a word, and the next request is reset
+    connection.session.session.headers["Connection"] = "close"
+    return connection
 
 
 def delete_server_behind_labctl(name: str) -> None:
