@@ -99,6 +99,13 @@ def test_a_second_converge_changes_nothing_in_at_most_eight_round_trips(lab: Com
     assert outcome["remote_tasks"] <= 8
 
 
+def test_a_converge_waits_for_what_an_interrupted_one_left_going_on_the_host(lab: Commands) -> None:
+    lock = "/run/labctl-host.lock"
+    lab.ssh(f"sudo sh -c 'nohup flock {lock} sleep 25 >/dev/null 2>&1 &'")
+    assert lab.json("converge")["changed"] == 0
+    lab.ssh(f"sudo flock --nonblock {lock} true")  # a converge that doesn't wait is done long before the 25 s
+
+
 def test_plain_ansible_works_with_the_dynamic_inventory(lab: Commands) -> None:
     environment = {
         **os.environ,

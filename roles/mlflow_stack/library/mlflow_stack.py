@@ -18,6 +18,7 @@ options:
   s3_flavour: {description: Kind of S3 server., type: str, choices: [minio, silo, rclone], default: minio}
   ports: {description: Published ports by service., type: dict, default: {}}
   mlflow_uid: {description: User id that MLflow runs as., type: int, default: 10001}
+  lock_timeout: {description: Seconds to wait for another run on the same host to end., type: int, default: 900}
   start_timeout: {description: Seconds until all services must be healthy., type: int, default: 420}
   pull_timeout: {description: Seconds for pulling or building images., type: int, default: 1200}
   upgrade_timeout: {description: Seconds for each step of an upgrade of MLflow's schema., type: int, default: 3600}
@@ -55,11 +56,12 @@ clean_shutdown:
   returned: when stopped
 """
 
+import contextlib
 import shutil
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.stack_converge import Converge, Failed, stop_services
-from ansible.module_utils.stack_docker import DockerFailed
+from ansible.module_utils.stack_docker import Busy, DockerFailed, alone
 from ansible.module_utils.stack_marker import MarkerError
 from ansible.module_utils.stack_plan import Stop
 
@@ -75,6 +77,7 @@ def main() -> None:
             "s3_flavour": {"type": "str", "choices": ["minio", "silo", "rclone"], "default": "minio"},
             "ports": {"type": "dict", "default": {}},
             "mlflow_uid": {"type": "int", "default": 10001},
+            "lock_timeout": {"type": "int", "default": 900},
             "start_timeout": {"type": "int", "default": 420},
             "pull_timeout": {"type": "int", "default": 1200},
             "upgrade_timeout": {"type": "int", "default": 3600},
@@ -90,9 +93,17 @@ def main() -> None:
             module.exit_json(changed=starting, diff={"before": "no Docker\n" if starting else after, "after": after})
         module.fail_json(msg="There is no docker command on this host.", next_step="run the role docker first")
     try:
-        if params["state"] == "stopped":
-            module.exit_json(**stop_services(params["data_dir"], params["project_dir"], check))
-        module.exit_json(**Converge(params, check).run())
+        with contextlib.nullcontext() if check else alone(params["lock_timeout"]):
+            if params["state"] == "stopped":
+                module.exit_json(**stop_services(params["data_dir"], params["project_dir"], check))
+            module.exit_json(**Converge(params, check).run())
+    except Busy as busy:
+        module.fail_json(
+            msg="Another run is still at work on this host's services; nothing was changed.",
+            expected=f"that it ends within {params['lock_timeout']} s",
+            found=str(busy),
+            next_step="run the same command again once it is done; `ps -f PID` on the server shows what it does",
+        )
     except Stop as stop:
         module.fail_json(safety_stop=True, **stop.facts)
     except MarkerError as error:

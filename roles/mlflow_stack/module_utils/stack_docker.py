@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,8 @@ PROJECT = "persist_block"
 NETWORK = f"{PROJECT}_default"
 #: The guard takes the same lock, so that two `docker compose up` never meet.
 LOCK = "/run/labctl-stack.lock"
+#: Held by a module for as long as it works; LOCK only while containers are started or stopped.
+HOST_LOCK = "/run/labctl-host.lock"
 QUICK_SECONDS = 60
 LOG_LINES = "12"
 
@@ -86,6 +89,33 @@ def pull(references: list[str], seconds: float) -> None:
 def build(tag: str, directory: str, base: str, seconds: float) -> None:
     """Build an image from a directory with a Dockerfile, on `base`."""
     docker("build", "--quiet", "--tag", tag, "--build-arg", f"MLFLOW_IMAGE={base}", directory, seconds=seconds)
+
+
+class Busy(Exception):
+    """Another run is at work on this host; its words name the process."""
+
+
+@contextlib.contextmanager
+def alone(seconds: float) -> Iterator[None]:
+    """One module at a time: what an interrupted run left going on this host ends first. Busy after `seconds`.
+
+    Two at once would each decide from what the other one is changing, and both generate the secrets of a new volume.
+    """
+    deadline = time.monotonic() + seconds
+    with open(HOST_LOCK, "a+", encoding="ascii") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    lock.seek(0)
+                    raise Busy(f"process {lock.read(20).strip() or 'unknown'} holds {HOST_LOCK}") from None
+                time.sleep(0.2)
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
 
 
 @contextlib.contextmanager
