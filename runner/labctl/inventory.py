@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labctl.errors import CloudRefused
-from labctl.models import Server, Volume
+from labctl.models import Credential, Server, Volume
 
 if TYPE_CHECKING:
     from labctl.cloud.session import Cloud
@@ -47,7 +47,6 @@ class InventorySpec:
     object_view_parent: str = "/srv/labctl/mnt"
     object_view: str = "Food-11"
     rclone_remote: str = "chi_tacc"
-    rclone_remote_type: str = "swift"
     ports: Mapping[str, int] = field(default_factory=dict)
     services_open: bool = False
     allowed_hosts: tuple[str, ...] = ()
@@ -62,10 +61,27 @@ class InventorySpec:
 
 @dataclass(frozen=True)
 class ObjectStore:
-    """Where the host finds the object store: Keystone's URL and the region."""
+    """Where the host finds the object store: Keystone's URL and the region for Swift, or an endpoint for S3."""
 
     auth_url: str
     region: str
+    s3_endpoint: str = ""
+    s3_provider: str = ""
+
+
+def object_store(cloud: Cloud, server: Server) -> ObjectStore:
+    """The store as the server needs it. No request for Swift; for S3 a login at the store's site."""
+    from labctl.cloud import META_DIALECT, ec2
+
+    if server.metadata.get(META_DIALECT) == "s3":
+        return ObjectStore(cloud.object_auth_url, ec2.REGION, cloud.store.s3_endpoint, cloud.store.s3_provider)
+    return ObjectStore(cloud.object_auth_url, cloud.object_region)
+
+
+def store_secret(made: Credential) -> dict[str, Any]:
+    """The secret of a new credential, by the name that the role has for it."""
+    name = "rclone_s3_secret_access_key" if made.dialect == "s3" else "rclone_application_credential_secret"
+    return {name: made.secret}
 
 
 def build(cloud: Cloud, spec: InventorySpec, *, allow_missing: bool = False) -> dict[str, Any]:
@@ -81,8 +97,7 @@ def build(cloud: Cloud, spec: InventorySpec, *, allow_missing: bool = False) -> 
         if allow_missing:
             return empty()
         raise _missing(spec, found)
-    store = ObjectStore(cloud.object_auth_url, cloud.object_region)
-    return document(spec, found, volume.find(cloud, spec.volume), store)
+    return document(spec, found, volume.find(cloud, spec.volume), object_store(cloud, found))
 
 
 def empty() -> dict[str, Any]:
@@ -143,17 +158,26 @@ def _volume_variables(spec: InventorySpec, volume: Volume | None) -> dict[str, A
 
 
 def _rclone_variables(spec: InventorySpec, server: Server, store: ObjectStore) -> dict[str, Any]:
-    from labctl.cloud import META_CREDENTIAL
+    from labctl.cloud import META_CREDENTIAL, META_DIALECT
 
+    dialect = server.metadata.get(META_DIALECT) or "swift"
+    identity = spec.credential_id or server.metadata.get(META_CREDENTIAL)
+    if dialect == "s3":
+        reached = {
+            "rclone_s3_provider": store.s3_provider,
+            "rclone_s3_endpoint": store.s3_endpoint,
+            "rclone_s3_access_key_id": identity,
+        }
+    else:
+        reached = {"rclone_auth_url": store.auth_url, "rclone_application_credential_id": identity}
     return {
         "rclone_remote": spec.rclone_remote,
-        "rclone_remote_type": spec.rclone_remote_type,
-        "rclone_auth_url": store.auth_url,
+        "rclone_remote_type": dialect,
         "rclone_region": store.region,
+        **reached,
         "rclone_container": spec.container,
         "rclone_mount_point": spec.object_mount_point,
         "rclone_views": [f"{spec.object_view_parent}/{spec.object_view}"],
-        "rclone_application_credential_id": spec.credential_id or server.metadata.get(META_CREDENTIAL),
     }
 
 

@@ -165,9 +165,13 @@ class VolumeSection(Section):
 
 
 class ObjectStoreSection(Section):
-    """The container of the object store and where it is mounted."""
+    """The container of the object store and where it is mounted.
+
+    `dialect`: what the server speaks with it; auto is what the site lets a credential be made for, Swift first.
+    """
 
     container: ResourceName | None = None
+    dialect: Literal["auto", "swift", "s3"] = "auto"
     mount_point: MountPoint = "/mnt/object"
 
 

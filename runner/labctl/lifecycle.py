@@ -14,12 +14,11 @@ from typing import Any
 
 from rich.console import Console
 
-from labctl import ansible, leases, ssh
+from labctl import ansible, leases, ssh, store_access
 from labctl import inventory as inventories
 from labctl import lab as labs
 from labctl.ansible import Outcome, Run, Step
-from labctl.cloud import FINISHED, META_CREDENTIAL, META_LAB, META_REBUILD, UNFINISHED
-from labctl.cloud import credential as credentials
+from labctl.cloud import FINISHED, META_LAB, META_REBUILD, UNFINISHED
 from labctl.cloud import keypair as keypairs
 from labctl.cloud import network as networks
 from labctl.cloud import server as servers
@@ -161,33 +160,17 @@ def converge_host(
         variables.update(block_volume_grow=True, block_volume_size_gib=volume.size_gib)
     if ctx.accept_volumes:
         variables["block_volume_accept_marker"] = ",".join(ctx.accept_volumes)
-    if check and META_CREDENTIAL not in server.metadata:
-        variables["rclone_application_credential_id"] = "the-one-that-converge-makes"
-    needs_remote = not only or "rclone" in only
-    made = renew_credential(ctx, server) if needs_remote and not check else None
+    made = store_access.renewed(ctx, server, check=check) if not only or "rclone" in only else None
     try:
         outcome = play(ctx, server, "converge.yml", variables, made=made, **options)
     except ansible.SecretNeeded:
         # the credential is as it should be, and the host lost what it knew of it
-        made = renew_credential(ctx, server, anew=True)
+        made = store_access.renewed(ctx, server, anew=True)
         outcome = play(ctx, server, "converge.yml", variables, made=made, **options)
-    if made:
-        servers.set_metadata(ctx.cloud, server.id, **{META_CREDENTIAL: made.id})
+    if made and not check:
+        servers.set_metadata(ctx.cloud, server.id, **store_access.tags(made))
+        store_access.revoke(ctx, keep=made.id)
     return outcome
-
-
-def renew_credential(ctx: Context, server: Server, *, anew: bool = False) -> Credential | None:
-    """An application credential for the host's object mount, unless the server has one that still works.
-
-    It belongs to one server and goes with it, so its secret needs to be nowhere but on that server.
-    """
-    in_use = server.metadata.get(META_CREDENTIAL)
-    existing = credentials.list_ours(ctx.cloud, ctx.lab.lab)
-    if not anew and any(one.id == in_use and credentials.lives(one) for one in existing):
-        return None
-    with ctx.progress.step("application credential for the object store"):
-        revoke_credentials(ctx)
-        return credentials.create(ctx.cloud, ctx.lab.lab, server.id)
 
 
 def play(
@@ -206,12 +189,11 @@ def play(
     `made`: a credential for the object store that the host doesn't know yet.
     """
     volume = volume or volumes.find(ctx.cloud, ctx.lab.volume_name)
-    store = inventories.ObjectStore(ctx.cloud.object_auth_url, ctx.cloud.object_region)
-    document = inventories.document(ctx.inventory_spec, server, volume, store)
+    tagged = replace(server, metadata={**server.metadata, **store_access.tags(made)}) if made else server
+    store = inventories.object_store(ctx.cloud, tagged)
+    document = inventories.document(ctx.inventory_spec, tagged, volume, store)
     variables = dict(variables or {})
-    if made:
-        variables["rclone_application_credential_id"] = made.id
-    secrets: dict[str, Any] = {"rclone_application_credential_secret": made.secret} if made and made.secret else {}
+    secrets: dict[str, Any] = inventories.store_secret(made) if made and made.secret else {}
     if playbook == "converge.yml" and ctx.volume_credentials:
         secrets["mlflow_stack_credentials"] = ctx.volume_credentials
     run = Run(playbook, document, ctx.state / "logs", variables, secrets, tuple(tags), check, ctx.verbosity)
@@ -333,16 +315,7 @@ def delete_server(ctx: Context, server: Server) -> None:
     """Delete the server and the credential that only it had. Its address stays the lab's."""
     with ctx.progress.step(f"delete server {server.name}") as step:
         servers.delete(ctx.cloud, server.id, step.tell)
-        revoke_credentials(ctx)
-
-
-def revoke_credentials(ctx: Context) -> None:
-    """Revoke what labctl made for the lab's servers. A login that may not is told, and is no reason to stop."""
-    for one in credentials.list_ours(ctx.cloud, ctx.lab.lab):
-        try:
-            credentials.delete(ctx.cloud, one.id)
-        except CloudRefused as refused:
-            ctx.progress.note(f"{refused.what}: {refused.found} It ends by itself on {one.expires_at}.")
+        store_access.revoke(ctx)
 
 
 def down(ctx: Context, *, force: bool = False) -> None:

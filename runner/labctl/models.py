@@ -104,12 +104,14 @@ class Lease:
 
 @dataclass(frozen=True)
 class Credential:
-    """An application credential. `secret` is known only to whoever made it."""
+    """What opens the object store: an application credential (`swift`), or an EC2 key pair (`s3`), whose id is its
+    access key. `expires_at` is ISO 8601 in UTC, None for never; `secret` is known only to whoever made it."""
 
     id: str
     name: str
     expires_at: str | None
     secret: str | None = field(default=None, repr=False)
+    dialect: str = "swift"
 
 
 @dataclass(frozen=True)

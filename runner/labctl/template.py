@@ -37,6 +37,7 @@ volume:
 object_store:
   mount_point: /mnt/object
   # container: object-persist-{lab}
+  # dialect: auto         # swift (application credential) or s3 (EC2 key); auto: what the site allows
 
 access:
   ssh_from: [0.0.0.0/0]   # networks that may log in (keys only)

@@ -66,7 +66,8 @@ def measure_labctl(lab: Commands) -> dict[str, float]:
 def measure_tutorial(lab: Commands) -> dict[str, float]:
     """The same end states by the tutorial's commands. The server, address and volume come from the same cloud code."""
     from labctl.lab import load
-    from labctl.lifecycle import provide, renew_credential
+    from labctl.lifecycle import provide
+    from labctl.store_access import renewed
 
     context = tutorial.context(load(lab.directory / "lab.yaml"), lab.environment["LABCTL_STATE"])
 
@@ -80,7 +81,7 @@ def measure_tutorial(lab: Commands) -> dict[str, float]:
                 raise SystemExit(f"tutorial: {command}\n{done.stdout}\n{done.stderr}")
 
     server, volume = provide(context)
-    credential = renew_credential(context, server)
+    credential = renewed(context, server)
     assert credential is not None
     cold = seconds(
         lambda: over_ssh(
@@ -98,7 +99,7 @@ def measure_tutorial(lab: Commands) -> dict[str, float]:
         over_ssh(server, tutorial.stop_stack())
         delete_server_behind_labctl(server.name)
         again, same_volume = provide(context)
-        credential = renew_credential(context, again)
+        credential = renewed(context, again)
         assert credential is not None
         setup = tutorial.host_setup(context, credential)
         over_ssh(again, [*setup, *tutorial.mount_volume(same_volume.id), *tutorial.start_stack(context)])

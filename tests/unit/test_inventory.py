@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from labctl.errors import CloudRefused
-from labctl.inventory import GROUP, InventorySpec, ObjectStore, document, empty
-from labctl.models import Server, Volume
+from labctl.inventory import GROUP, InventorySpec, ObjectStore, document, empty, store_secret
+from labctl.models import Credential, Server, Volume
 
 SPEC = InventorySpec(
     lab="ada",
@@ -75,6 +75,28 @@ def test_the_object_store_is_the_one_of_its_own_region() -> None:
     assert (host["rclone_auth_url"], host["rclone_region"]) == ("http://172.29.0.2:5000/v3", "CHI@TACC")
     assert host["rclone_application_credential_id"] == "cred-1"
     assert variables(replace(SPEC, credential_id="mine"))["rclone_application_credential_id"] == "mine"
+
+
+def test_a_server_that_speaks_s3_gets_an_endpoint_and_a_region_that_s3_clients_accept() -> None:
+    s3 = replace(SERVER, metadata={"labctl_credential_id": "key-1", "labctl_object_dialect": "s3"})
+    store = ObjectStore("http://172.29.0.2:5000/v3", "us-east-1", "http://172.29.0.2:8080", "Other")
+    host = document(SPEC, s3, VOLUME, store)["_meta"]["hostvars"][s3.name]
+    assert {key: value for key, value in host.items() if key.startswith("rclone_")} == {
+        "rclone_remote": "chi_tacc",
+        "rclone_remote_type": "s3",
+        "rclone_region": "us-east-1",
+        "rclone_s3_provider": "Other",
+        "rclone_s3_endpoint": "http://172.29.0.2:8080",
+        "rclone_s3_access_key_id": "key-1",
+        "rclone_container": "object-persist-ada",
+        "rclone_mount_point": "/mnt/object",
+        "rclone_views": ["/srv/labctl/mnt/Food-11"],
+    }
+
+
+def test_the_secret_goes_by_the_name_that_its_dialect_has_for_it() -> None:
+    assert store_secret(Credential("a", "n", None, "x")) == {"rclone_application_credential_secret": "x"}
+    assert store_secret(Credential("k", "n", None, "y", "s3")) == {"rclone_s3_secret_access_key": "y"}
 
 
 def test_no_secret_can_get_into_the_inventory() -> None:

@@ -14,6 +14,8 @@ PUBLIC = {
     "auth",
     "endpoint",
     "fetch_until_empty_page",
+    "max_upload_parts",
+    "no_check_bucket",
     "provider",
     "region",
     "type",

@@ -7,8 +7,13 @@ cloud's own words; what it doesn't answer, too.
 
 #: Metadata key (server, volume, container) with the lab's name: tells whose it is in a shared project.
 META_LAB = "labctl_lab"
-#: Server metadata key with the id of the application credential that the server reads the object store with.
+#: Server metadata key with the id of the credential that the server reads the object store with.
 META_CREDENTIAL = "labctl_credential_id"
+#: Server metadata key with the dialect that the credential is for, `swift` (also where there is none) or `s3`.
+META_DIALECT = "labctl_object_dialect"
+#: Container metadata key with the access key that labctl made for reading it: EC2 keys have no name and no end, and a
+#: server may be gone (with its lease) before its key is.
+META_S3_KEY = "labctl_s3_key"
 #: Volume metadata keys with the schedule of backups and how many to keep: a new server gets the timer by them.
 META_BACKUP_SCHEDULE, META_BACKUP_KEEP = "labctl_backup_schedule", "labctl_backup_keep"
 #: Server metadata keys with the id of the lease that the server lives in and its end (ISO 8601, UTC).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -21,8 +22,9 @@ ROLES = ("member", "reader")
 
 
 def name_of(lab: str, server_id: str) -> str:
-    """`labctl-LAB-` and the first eight characters of the server's id."""
-    return f"labctl-{lab}-{server_id[:8]}"
+    """`labctl-LAB-`, the first eight characters of the server's id, and four of chance: a server's next credential is
+    made before its last one goes, and names are unique."""
+    return f"labctl-{lab}-{server_id[:8]}-{secrets.token_hex(2)}"
 
 
 def lives(credential: Credential, for_at_least: timedelta = MARGIN) -> bool:
@@ -35,9 +37,8 @@ def lives(credential: Credential, for_at_least: timedelta = MARGIN) -> bool:
 def create(cloud: Cloud, lab: str, server_id: str, expires_at: datetime | None = None) -> Credential:
     """Makes the credential for a server; its secret is in the result and can never be read again.
 
-    One of the same name (a run that was cut off before it could hand the secret over) is replaced. `expires_at`:
-    aware datetime, default now + LIFETIME. Raises CloudRefused, with how to make one by hand, where the login is
-    an application credential itself and so may not make others.
+    `expires_at`: aware datetime, default now + LIFETIME. Raises CloudRefused, with how to make one by hand, where
+    the login is an application credential itself and so may not make others.
     """
     store = cloud.store
     name = name_of(lab, server_id)
@@ -52,9 +53,6 @@ def create(cloud: Cloud, lab: str, server_id: str, expires_at: datetime | None =
             "unrestricted": False,
         }
     }
-    for old in list_ours(cloud, lab):
-        if old.name == name:
-            delete(cloud, old.id)
     with refusals(f"make the application credential {name}"):
         response = _post(cloud, request)
     made = response["application_credential"]
@@ -94,17 +92,28 @@ def by_hand(cloud: Cloud, request: dict[str, Any], said: str) -> CloudRefused:
     )
 
 
+def list_all(cloud: Cloud) -> list[Credential]:
+    """All application credentials of the store's user, without their secrets. One request."""
+    return [_record(one) for one in _listed(cloud)]
+
+
 def list_ours(cloud: Cloud, lab: str) -> list[Credential]:
-    """The lab's credentials, of whatever server, without their secrets. One request."""
-    user = cloud.store.user_id
-    with refusals("list the application credentials"):
-        listed = list(cloud.objects.identity.application_credentials(user=user))
+    """Those that labctl made for the lab, of whatever server. One request."""
     prefix = f"labctl: lab {lab}, server "
     return [
-        Credential(str(c.id), str(c.name), str(c.expires_at) if c.expires_at else None)
-        for c in listed
-        if str(c.name).startswith(f"labctl-{lab}-") and str(c.description or "").startswith(prefix)
+        _record(one)
+        for one in _listed(cloud)
+        if str(one.name).startswith(f"labctl-{lab}-") and str(one.description or "").startswith(prefix)
     ]
+
+
+def _listed(cloud: Cloud) -> list[Any]:
+    with refusals("list the application credentials"):
+        return list(cloud.objects.identity.application_credentials(user=cloud.store.user_id))
+
+
+def _record(one: Any) -> Credential:
+    return Credential(str(one.id), str(one.name), str(one.expires_at) if one.expires_at else None)
 
 
 @dataclass(frozen=True)
@@ -118,12 +127,27 @@ class LoginCredential:
 
 def of_login(cloud: Cloud) -> LoginCredential | None:
     """What the compute login is made with, or None for a password or a token. One request at most."""
-    session = cloud.compute.session
+    return _of(cloud.compute, cloud.user_id)
+
+
+def of_store_login(cloud: Cloud) -> LoginCredential | None:
+    """The same of the login at the object store's site, which may be another one."""
+    return _of(cloud.objects, cloud.store.user_id)
+
+
+def is_restricted(cloud: Cloud) -> bool:
+    """Whether the store's login is an application credential that may make no other. One request at most."""
+    used = of_store_login(cloud)
+    return used is not None and not used.unrestricted
+
+
+def _of(connection: Any, user_id: str) -> LoginCredential | None:
+    session = connection.session
     used = session.auth.get_access(session).application_credential_id
     if not used:
         return None
     with refusals("read the login's application credential"):
-        found = cloud.compute.identity.get_application_credential(cloud.user_id, used)
+        found = connection.identity.get_application_credential(user_id, used)
     return LoginCredential(str(found.name), found.expires_at, bool(found.unrestricted))
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from urllib.parse import urlsplit
 
 from labctl.cloud.refusals import refusals
 from labctl.cloud.traffic import Traffic
@@ -100,6 +101,18 @@ class _Store:
     auth_url: str
     region: str
     roles: tuple[str, ...]
+    url: str
+
+    @property
+    def s3_endpoint(self) -> str:
+        """Where S3 is spoken, if it is: for Swift's s3api and Ceph's gateway, the root of the same host and port."""
+        parts = urlsplit(self.url)
+        return f"{parts.scheme}://{parts.netloc}"
+
+    @property
+    def s3_provider(self) -> str:
+        """rclone's name for the kind of S3 server: Ceph's gateway has its Swift API below /swift."""
+        return "Ceph" if urlsplit(self.url).path.startswith("/swift/") else "Other"
 
 
 def connect(site: Site) -> Cloud:
@@ -141,6 +154,9 @@ def _open_store(cloud: Cloud) -> _Store:
         auth_url=login.values["auth_url"],
         region=region,
         roles=tuple(access.role_names),
+        url=str(
+            access.service_catalog.url_for(service_type="object-store", region_name=region, interface=login.interface)
+        ),
     )
 
 

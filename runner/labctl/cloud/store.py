@@ -20,8 +20,8 @@ BULK = 250
 BULK_QUERY = "?bulk-delete"
 #: Seconds until a container that was emptied can be deleted: Swift's listings are eventually consistent.
 EMPTY_TIMEOUT = 120
-#: rclone and python-swiftclient put the segments of large objects into a container of this name.
-SEGMENTS = "_segments"
+#: Containers with the segments of large objects: rclone and python-swiftclient name them so, and Swift's s3api.
+SEGMENTS = ("_segments", "+segments")
 
 _META = "x-container-meta-"
 
@@ -77,12 +77,12 @@ def object_names(cloud: Cloud, container: str, page: int = PAGE) -> Iterator[str
 
 
 def delete_container(cloud: Cloud, name: str, tell: Tell, *, page: int = PAGE) -> int:
-    """Deletes the container, all objects in it and its `_segments` container; returns how many objects went.
+    """Deletes the container, all objects in it and its segment containers; returns how many objects went.
 
     There is no way back: only `destroy` calls this. 0 when there is none. Raises CloudRefused when an object can't
     be deleted, or when the store doesn't show the container empty within EMPTY_TIMEOUT seconds.
     """
-    return sum(_delete_one(cloud, each, tell, page) for each in (name, name + SEGMENTS))
+    return sum(_delete_one(cloud, each, tell, page) for each in (name, *(name + end for end in SEGMENTS)))
 
 
 def _delete_one(cloud: Cloud, name: str, tell: Tell, page: int) -> int:
