@@ -20,6 +20,7 @@ from labctl.ssh import Login
 
 if TYPE_CHECKING:
     from labctl.cloud.session import Cloud
+    from labctl.store_access import Plan
 
 SERVICE_IMAGES = ("mlflow", "postgres", "s3", "jupyter")
 ETL_IMAGES = ("python", "rclone")
@@ -46,6 +47,10 @@ class Context:
         self.verbosity = verbosity
         #: Identities of volumes that are taken over on purpose, as a safety stop printed them.
         self.accept_volumes: tuple[str, ...] = ()
+        #: Asks the person at the terminal for a text, hidden or not; None where there is nobody.
+        self.prompt: Callable[[str, bool], str] | None = None
+        #: How the server gets its credential for the object store, once that is settled (`store_access.check`).
+        self.store_plan: Plan | None = None
         self.site: Site = site_of(lab)
 
     @cached_property

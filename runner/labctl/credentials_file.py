@@ -46,7 +46,7 @@ def read(path: Path, source: str) -> dict[str, str]:
             source,
             f"chmod 600 {path}",
         )
-    found = dict(_pairs(text))
+    found = dict(pairs(text))
     if missing := [key for key in KEYS if not found.get(key)]:
         raise ConfigError(
             f"{path} lacks {', '.join(missing)}.",
@@ -58,8 +58,8 @@ def read(path: Path, source: str) -> dict[str, str]:
     return {name: found[key] for key, name in KEYS.items()}
 
 
-def _pairs(text: str) -> list[tuple[str, str]]:
-    """The assignments of a compose .env: comments and empty lines left out, one pair of quotes taken off."""
+def pairs(text: str) -> list[tuple[str, str]]:
+    """The assignments of a compose .env or an openrc: one pair of quotes taken off."""
     pairs = []
     for line in text.splitlines():
         key, equals, value = line.strip().removeprefix("export ").partition("=")

@@ -106,8 +106,15 @@ class Section(BaseModel):
 
 
 class CloudSection(Section):
-    """How the site differs from its preset; see `labctl.sites`."""
+    """How the site differs from its preset (see `labctl.sites`), and what it is logged into with.
 
+    `credentials`, `object_credentials`: files as Horizon hands them out, an openrc or a clouds.yaml (mode 0600).
+    `compute_cloud`, `object_cloud`: entries of clouds.yaml.
+    """
+
+    credentials: str | None = None
+    object_credentials: str | None = None
+    compute_cloud: str | None = None
     region: str | None = None
     object_cloud: str | None = None
     object_region: str | None = None
@@ -168,10 +175,12 @@ class ObjectStoreSection(Section):
     """The container of the object store and where it is mounted.
 
     `dialect`: what the server speaks with it; auto is what the site lets a credential be made for, Swift first.
+    `credentials_file`: a credential for the server that was made by hand, where labctl may make none.
     """
 
     container: ResourceName | None = None
     dialect: Literal["auto", "swift", "s3"] = "auto"
+    credentials_file: str | None = None
     mount_point: MountPoint = "/mnt/object"
 
 

@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from labctl.cloud import META_LEASE, META_LEASE_ENDS
+from labctl.cloud import credential as credentials
 from labctl.cloud import lease as leases
 from labctl.cloud import server as servers
 from labctl.cloud.wait import wait_gone
@@ -119,7 +120,7 @@ def ensure(ctx: Context, *, besides: Lease | None = None, lasts: timedelta | Non
     if not needed(ctx):
         return None
     cloud, lab = ctx.cloud, ctx.lab
-    wish = Wish(lab.lease.name or name_of(lab.lab), lab.server.flavor, cloud.user_id, cloud.project_id)
+    wish = _wish(ctx)
     with ctx.progress.step(f"lease {wish.name}") as step:
         candidates, notes = choose(leases.list_leases(cloud), wish, datetime.now(UTC))
         for note in notes:
@@ -137,6 +138,28 @@ def ensure(ctx: Context, *, besides: Lease | None = None, lasts: timedelta | Non
             lease = leases.wait_active(cloud, lease.id, step.tell)
         step.result(f"ends {shown(lease.ends)}")
     return lease
+
+
+def refuse_if_unmakeable(ctx: Context, server: Server | None) -> None:
+    """Raises CloudRefused where a server needs a lease, none would do, and the login may not make one."""
+    login = credentials.of_login(ctx.cloud) if server is None else None
+    if login is None or login.unrestricted or not needed(ctx):
+        return
+    wish = _wish(ctx)
+    candidates, _ = choose(leases.list_leases(ctx.cloud), wish, datetime.now(UTC))
+    if not any(_has_room(ctx, one) for one in candidates):
+        raise CloudRefused(
+            f"The login may not make a lease for {ctx.lab.server_name}.",
+            expected="a login by password or token, or an unrestricted application credential; or a lease with room",
+            found=f"application credential {login.name}, which is restricted; no lease {wish.name} that would do",
+            source=ctx.cloud.login_source,
+            next_step=f"{ctx.cloud.login_help}; or make the lease in Horizon and name it as lease.name in lab.yaml",
+        )
+
+
+def _wish(ctx: Context) -> Wish:
+    lab = ctx.lab
+    return Wish(lab.lease.name or name_of(lab.lab), lab.server.flavor, ctx.cloud.user_id, ctx.cloud.project_id)
 
 
 def _has_room(ctx: Context, lease: Lease) -> bool:

@@ -64,6 +64,8 @@ def provide(ctx: Context, **metadata: str) -> tuple[Server, Volume]:
         server, volume = find_server(ctx), volumes.find(cloud, lab.volume_name)
         if volume is not None:
             volumes.refuse_if_used(cloud, volume, server)
+    leases.refuse_if_unmakeable(ctx, server)
+    store_access.check(ctx, server)
     with progress.step("SSH key and security group"):
         public_key = ssh.ensure_key(ctx.ssh_key)
         key_name = keypairs.ensure(cloud, public_key, f"labctl-{lab.lab}")
@@ -160,7 +162,7 @@ def converge_host(
         variables.update(block_volume_grow=True, block_volume_size_gib=volume.size_gib)
     if ctx.accept_volumes:
         variables["block_volume_accept_marker"] = ",".join(ctx.accept_volumes)
-    made = store_access.renewed(ctx, server, check=check) if not only or "rclone" in only else None
+    made = store_access.renewed(ctx, server, dry=check) if not only or "rclone" in only else None
     try:
         outcome = play(ctx, server, "converge.yml", variables, made=made, **options)
     except ansible.SecretNeeded:
@@ -169,7 +171,7 @@ def converge_host(
         outcome = play(ctx, server, "converge.yml", variables, made=made, **options)
     if made and not check:
         servers.set_metadata(ctx.cloud, server.id, **store_access.tags(made))
-        store_access.revoke(ctx, keep=made.id)
+        store_access.revoke(ctx, server, keep=made.id)
     return outcome
 
 
@@ -233,6 +235,7 @@ def rebuild(ctx: Context, *, force: bool = False, new_lease: timedelta | None = 
             f"Continuing the rebuild that made {server.name} ({server.id}); labctl down first for another."
         )
     elif server is not None:
+        store_access.check(ctx, None)  # what the new server needs, before the old one goes
         lease = leases.renewed(ctx, server, new_lease) if new_lease is not None else None
         release_volume(ctx, server, volume, force=force)
         delete_server(ctx, server)
@@ -315,7 +318,7 @@ def delete_server(ctx: Context, server: Server) -> None:
     """Delete the server and the credential that only it had. Its address stays the lab's."""
     with ctx.progress.step(f"delete server {server.name}") as step:
         servers.delete(ctx.cloud, server.id, step.tell)
-        store_access.revoke(ctx)
+        store_access.revoke(ctx, server)
 
 
 def down(ctx: Context, *, force: bool = False) -> None:

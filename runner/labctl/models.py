@@ -16,7 +16,8 @@ class Site:
     """How to reach a cloud. What differs between clouds is here, and nowhere else.
 
     `clouds_file` and `cloud`/`object_cloud` name entries of a clouds.yaml; where `clouds_file` is None the
-    usual search path applies, and where `cloud` is None the `OS_*` environment does. `needs_lease` and
+    usual search path applies, and where `cloud` is None the `OS_*` environment does. `credentials_file` and
+    `object_credentials_file` win over them. The auth URLs are those of a site that is known by name. `needs_lease` and
     `lease_extendable` are None where only the cloud itself can tell.
     """
 
@@ -31,6 +32,10 @@ class Site:
     needs_lease: bool | None = False
     lease_extendable: bool | None = None
     volume_type: str | None = None
+    credentials_file: Path | None = None
+    object_credentials_file: Path | None = None
+    auth_url: str | None = None
+    object_auth_url: str | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,12 @@ from labctl.models import Site
 
 SANDBOX = "sandbox"
 CHAMELEON = "chameleon"
+#: Keystone of each of Chameleon's sites: they know nothing of each other's application credentials.
+KEYSTONES = {
+    "KVM@TACC": "https://kvm.tacc.chameleoncloud.org:5000/v3",
+    "CHI@TACC": "https://chi.tacc.chameleoncloud.org:5000/v3",
+    "CHI@UC": "https://chi.uc.chameleoncloud.org:5000/v3",
+}
 
 
 def sandbox_state() -> Path:
@@ -25,6 +31,10 @@ def _sandbox_needs_lease() -> bool:
         return bool(json.loads((sandbox_state() / "settings.json").read_text()).get("require_lease"))
     except (OSError, ValueError):
         return False
+
+
+def _file(named: str | None) -> Path | None:
+    return Path(named).expanduser().absolute() if named else None
 
 
 def site_of(lab: Lab) -> Site:
@@ -57,16 +67,22 @@ def site_of(lab: Lab) -> Site:
         )
     else:
         preset = Site(name=lab.site, cloud=lab.site, object_cloud=lab.site, needs_lease=None)
+    region, object_region = cloud.region or preset.region, cloud.object_region or preset.object_region
+    known = KEYSTONES if lab.site == CHAMELEON else {}
     return Site(
         name=preset.name,
-        cloud=preset.cloud,
+        cloud=cloud.compute_cloud or preset.cloud,
         object_cloud=cloud.object_cloud or preset.object_cloud,
         clouds_file=preset.clouds_file,
-        region=cloud.region or preset.region,
-        object_region=cloud.object_region or preset.object_region,
+        region=region,
+        object_region=object_region,
         network=cloud.network or preset.network,
         external_network=cloud.external_network or preset.external_network,
         needs_lease=preset.needs_lease if lab.lease.required is None else lab.lease.required,
         lease_extendable=lab.lease.extendable,
         volume_type=cloud.volume_type or preset.volume_type,
+        credentials_file=_file(cloud.credentials),
+        object_credentials_file=_file(cloud.object_credentials),
+        auth_url=known.get(region or ""),
+        object_auth_url=known.get(object_region or ""),
     )

@@ -7,6 +7,11 @@ key, which does what its user may do until it is revoked.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from labctl import by_hand
 from labctl.cloud import META_CREDENTIAL, META_DIALECT, META_S3_KEY, ec2
 from labctl.cloud import credential as credentials
 from labctl.cloud import store as stores
@@ -27,27 +32,103 @@ def tags(made: Credential) -> dict[str, str]:
     return {META_CREDENTIAL: made.id, META_DIALECT: made.dialect}
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How the server gets its credential. `dialect` is "" where it has one that serves; `given` was made by hand."""
+
+    dialect: str
+    given: Credential | None = None
+
+
+def check(ctx: Context, server: Server | None) -> Plan:
+    """Settle how the server gets its credential, before anything is made; the answer holds for the whole command.
+
+    Raises CloudRefused with page and click, or command, where the login may not make one and nobody gives one.
+    """
+    if ctx.store_plan is None:
+        served = server is not None and serves(ctx, server)
+        ctx.store_plan = Plan("") if served else _plan(ctx, server)
+    return ctx.store_plan
+
+
+def _plan(ctx: Context, server: Server | None) -> Plan:
+    given = _from_file(ctx)
+    if given is None:
+        dialect = choose(ctx, server)
+        said = _why_not(ctx, dialect)
+        if not said:
+            return Plan(dialect)
+        given = by_hand.ask(ctx, dialect, said)
+    if ctx.lab.object_store.dialect not in (AUTO, given.dialect):
+        raise ConfigError(
+            f"{given.name} is for the dialect {given.dialect}.",
+            expected=f"one for {ctx.lab.object_store.dialect}",
+            source=ctx.lab.source("object_store.dialect"),
+            next_step=f"object_store: {{dialect: {given.dialect}}} in lab.yaml, or name another file",
+        )
+    given = by_hand.proved(ctx, given, _file_source(ctx))
+    if given.expires_at and not credentials.lives(given):
+        ctx.progress.note(f"{given.name} ends on {given.expires_at} (UTC): the object mount ends with it.")
+    return Plan(given.dialect, given)
+
+
+def _from_file(ctx: Context) -> Credential | None:
+    """The credential in the file that lab.yaml names."""
+    chosen = ctx.lab.object_store.credentials_file
+    return by_hand.read(Path(chosen).expanduser().absolute(), _file_source(ctx)) if chosen else None
+
+
+def _file_source(ctx: Context) -> str:
+    return ctx.lab.source("object_store.credentials_file")
+
+
+def _why_not(ctx: Context, dialect: str) -> str:
+    """Why the login may not make a credential for the dialect; "" where it may. One request at most."""
+    if dialect == S3:
+        return ec2.may_be_made(ctx.cloud)
+    login = credentials.of_store_login(ctx.cloud)
+    if login is None or login.unrestricted:
+        return ""
+    return f"the login is the application credential {login.name}, which is restricted"
+
+
 def serves(ctx: Context, server: Server) -> bool:
-    """Whether the server's credential is of the dialect that lab.yaml asks for, and lives long enough. One request."""
-    used, dialect = server.metadata.get(META_CREDENTIAL), dialect_of(server)
-    if not used or ctx.lab.object_store.dialect not in (AUTO, dialect):
+    """Whether the server's credential is the one that lab.yaml asks for, and lives long enough. One request.
+
+    One that was made by hand serves to its end: only a person can make the next.
+    """
+    used, dialect, given = server.metadata.get(META_CREDENTIAL), dialect_of(server), _from_file(ctx)
+    if not used or ctx.lab.object_store.dialect not in (AUTO, dialect) or (given is not None and given.id != used):
         return False
     if dialect == S3:
-        return ec2.exists(ctx.cloud, used)
-    return any(one.id == used and credentials.lives(one) for one in credentials.list_all(ctx.cloud))
+        return _key_serves(ctx, used, by_hand=given is not None)
+    for one in credentials.list_all(ctx.cloud):
+        if one.id == used:
+            labctls = credentials.is_ours(one, ctx.lab.lab)
+            return credentials.lives(one) if labctls else credentials.lives(one, timedelta(0))
+    return False
 
 
-def renewed(ctx: Context, server: Server, *, anew: bool = False, check: bool = False) -> Credential | None:
+def _key_serves(ctx: Context, key: str, *, by_hand: bool) -> bool:
+    """A login that may not have keys can't ask Keystone for one that somebody else made either."""
+    return ec2.exists(ctx.cloud, key) or (by_hand and bool(ec2.may_be_made(ctx.cloud)))
+
+
+def renewed(ctx: Context, server: Server, *, anew: bool = False, dry: bool = False) -> Credential | None:
     """A new credential, unless the server has one that serves. What was there before still works: see `revoke`.
 
-    With `check` none is made: what comes back has no secret, and stands for the one that would be.
+    With `dry` none is made: what comes back has no secret, and stands for the one that would be.
     """
-    if not anew and serves(ctx, server):
+    if anew and ctx.store_plan == Plan(""):
+        ctx.store_plan = _plan(ctx, server)
+    plan = check(ctx, server)
+    if not plan.dialect:
         return None
-    if check:
-        return Credential("the-one-that-converge-makes", "", None, dialect=choose(ctx, server))
+    if dry:
+        return Credential("the-one-that-converge-makes", "", None, dialect=plan.dialect)
     with ctx.progress.step("credential for the object store") as step:
-        made = _make(ctx, server, choose(ctx, server))
+        made = _make(ctx, server, plan)
+        ctx.store_plan = Plan("")
         step.result(f"{made.dialect}, {f'ends {made.expires_at}' if made.expires_at else 'without an end'}")
     return made
 
@@ -70,12 +151,15 @@ def choose(ctx: Context, server: Server | None) -> str:
     return SWIFT if by_api or ec2.may_be_made(ctx.cloud) or not ec2.offered(ctx.cloud) else S3
 
 
-def _make(ctx: Context, server: Server, dialect: str) -> Credential:
-    if dialect == SWIFT:
+def _make(ctx: Context, server: Server, plan: Plan) -> Credential:
+    if plan.given is not None:
+        return by_hand.proved_over_s3(ctx, plan.given, _file_source(ctx)) if plan.dialect == S3 else plan.given
+    if plan.dialect == SWIFT:
         return credentials.create(ctx.cloud, ctx.lab.lab, server.id)
     made = ec2.create(ctx.cloud)
     try:
         _remember(ctx, [*s3_keys(ctx), made.id])
+        by_hand.proved_over_s3(ctx, made, f"Keystone at {ctx.cloud.object_auth_url}")
     except BaseException:
         ec2.delete(ctx.cloud, made.id)  # nobody would know of it
         raise
@@ -93,15 +177,23 @@ def _remember(ctx: Context, keys: list[str]) -> None:
     stores.set_metadata(ctx.cloud, ctx.lab.container_name, {META_S3_KEY: ",".join(keys)})
 
 
-def revoke(ctx: Context, *, keep: str = "") -> None:
-    """Revoke what labctl made for the lab's servers, but `keep`. A login that may not is told of, and nothing stops."""
-    for one in credentials.list_ours(ctx.cloud, ctx.lab.lab):
+def revoke(ctx: Context, server: Server, *, keep: str = "") -> None:
+    """Revoke what labctl made for the lab's servers, but `keep`. A login that may not is told of, and nothing stops.
+
+    What a person made stays, and is named: labctl doesn't know what else it opens.
+    """
+    ours, keys = credentials.list_ours(ctx.cloud, ctx.lab.lab), s3_keys(ctx)
+    used = server.metadata.get(META_CREDENTIAL)
+    again = ctx.store_plan.given.id if ctx.store_plan and ctx.store_plan.given else ""
+    if used and used not in (keep, again, *(one.id for one in ours), *keys):
+        kind = "ec2 credentials" if dialect_of(server) == S3 else "application credential"
+        ctx.progress.note(f"{used} wasn't made by labctl and stays: openstack {kind} delete {used}")
+    for one in ours:
         if one.id != keep:
             try:
                 credentials.delete(ctx.cloud, one.id)
             except CloudRefused as refused:
                 ctx.progress.note(f"{refused.what}: {refused.found} It ends by itself on {one.expires_at}.")
-    keys = s3_keys(ctx)
     left = [key for key in keys if key == keep or not _revoke_key(ctx, key)]
     if left != keys:
         _remember(ctx, left)

@@ -17,6 +17,10 @@ TEXT = """\
 lab: {lab}                # names everything: node-persist-{lab}, block-persist-{lab}, object-persist-{lab}
 site: {site}              # sandbox, chameleon, or an entry of clouds.yaml
 
+# cloud:                  # what the site is logged into with, if not by $OS_CLOUD or the environment
+#   credentials: ~/kvm-openrc.sh           # files as Horizon hands them out (chmod 600), one for each site
+#   object_credentials: ~/chi-openrc.sh
+
 server:
   image: CC-Ubuntu24.04
   flavor: m1.large
@@ -38,6 +42,7 @@ object_store:
   mount_point: /mnt/object
   # container: object-persist-{lab}
   # dialect: auto         # swift (application credential) or s3 (EC2 key); auto: what the site allows
+  # credentials_file: app-cred-openrc.sh   # one made by hand for the server, where labctl may make none; mode 0600
 
 access:
   ssh_from: [0.0.0.0/0]   # networks that may log in (keys only)

@@ -48,6 +48,7 @@ def context(accept_volumes: Sequence[str] | None = None) -> Context:
     found = lab.load(lab.find_file(options.lab_file))
     ctx = Context(found, progress(), confirm, max(0, options.verbosity - 1))
     ctx.accept_volumes = tuple(accept_volumes or ())
+    ctx.prompt = prompt if sys.stdin.isatty() else None
     return ctx
 
 
@@ -61,6 +62,13 @@ def progress() -> Any:
 def confirm(question: str) -> bool:
     """A yes-or-no question to the person at the terminal; `--yes` answers it."""
     return options.yes or ask(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+
+def prompt(question: str, hidden: bool) -> str:
+    """What the person at the terminal types; `hidden` doesn't show it."""
+    import getpass
+
+    return getpass.getpass(question, stream=sys.stderr) if hidden else ask(question)
 
 
 def one_of(known: Iterable[str], given: str, source: str) -> None:

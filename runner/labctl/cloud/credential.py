@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -100,11 +101,13 @@ def list_all(cloud: Cloud) -> list[Credential]:
 def list_ours(cloud: Cloud, lab: str) -> list[Credential]:
     """Those that labctl made for the lab, of whatever server. One request."""
     prefix = f"labctl: lab {lab}, server "
-    return [
-        _record(one)
-        for one in _listed(cloud)
-        if str(one.name).startswith(f"labctl-{lab}-") and str(one.description or "").startswith(prefix)
-    ]
+    listed = [(_record(one), str(one.description or "")) for one in _listed(cloud)]
+    return [one for one, description in listed if is_ours(one, lab) and description.startswith(prefix)]
+
+
+def is_ours(credential: Credential, lab: str) -> bool:
+    """Whether it is named as labctl names those that it makes for the lab; its description says for sure."""
+    return re.fullmatch(rf"labctl-{re.escape(lab)}-[0-9a-f]{{8}}(-[0-9a-f]{{4}})?", credential.name) is not None
 
 
 def _listed(cloud: Cloud) -> list[Any]:
@@ -127,12 +130,12 @@ class LoginCredential:
 
 def of_login(cloud: Cloud) -> LoginCredential | None:
     """What the compute login is made with, or None for a password or a token. One request at most."""
-    return _of(cloud.compute, cloud.user_id)
+    return of_connection(cloud.compute, cloud.user_id)
 
 
 def of_store_login(cloud: Cloud) -> LoginCredential | None:
     """The same of the login at the object store's site, which may be another one."""
-    return _of(cloud.objects, cloud.store.user_id)
+    return of_connection(cloud.objects, cloud.store.user_id)
 
 
 def is_restricted(cloud: Cloud) -> bool:
@@ -141,7 +144,8 @@ def is_restricted(cloud: Cloud) -> bool:
     return used is not None and not used.unrestricted
 
 
-def _of(connection: Any, user_id: str) -> LoginCredential | None:
+def of_connection(connection: Any, user_id: str) -> LoginCredential | None:
+    """The same of any connection and its user."""
     session = connection.session
     used = session.auth.get_access(session).application_credential_id
     if not used:

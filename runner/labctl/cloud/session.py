@@ -11,35 +11,25 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from labctl.cloud import logins
+from labctl.cloud.logins import Login
 from labctl.cloud.refusals import refusals
 from labctl.cloud.traffic import Traffic
 from labctl.errors import CloudRefused, ConfigError
 from labctl.models import Site
 
+if TYPE_CHECKING:
+    from labctl.cloud.credential import LoginCredential
+
 #: Seconds to connect to an API. A host that is up accepts in milliseconds; ten cover a far site and lost packets.
 CONNECT_TIMEOUT = 10
 #: Seconds until an API's first bytes. Blazar deletes a lease with its server in up to 15 s before it answers.
 ANSWER_TIMEOUT = 60
-
-_CREDENTIAL_HELP = "see Chameleon's Horizon: Identity > Application Credentials > Create, and download its clouds.yaml"
-
-
-@dataclass(frozen=True)
-class _Login:
-    """What python-chi needs for one session. `values` holds secrets: never shown."""
-
-    auth_type: str
-    values: dict[str, str] = field(repr=False)
-    region: str | None
-    interface: str
-    source: str
-    settings: tuple[tuple[str, Any], ...] = ()
-    from_environment: bool = False
 
 
 @dataclass
@@ -53,7 +43,7 @@ class Cloud:
     auth_url: str
     region: str
     traffic: Traffic
-    _login: _Login = field(repr=False)
+    _login: Login = field(repr=False)
 
     @property
     def requests(self) -> int:
@@ -63,7 +53,17 @@ class Cloud:
     @property
     def by_application_credential(self) -> bool:
         """Whether the login is an application credential, which may do less than the user it belongs to."""
-        return self._login.auth_type == "v3applicationcredential"
+        return self._login.auth_type == logins.APPLICATION_CREDENTIAL
+
+    @property
+    def login_source(self) -> str:
+        """Where the compute login came from."""
+        return self._login.source
+
+    @property
+    def login_help(self) -> str:
+        """How to make an application credential that labctl can work with, at the compute site."""
+        return logins.how_to_make(self.auth_url, f" at {self.region}", "credentials")
 
     @cached_property
     def store(self) -> _Store:
@@ -84,8 +84,8 @@ class Cloud:
         return self._object_login.region or self.store.region
 
     @cached_property
-    def _object_login(self) -> _Login:
-        return _login(self.site, self.site.object_cloud or self.site.cloud, self.site.object_region)
+    def _object_login(self) -> Login:
+        return logins.for_objects(self.site)
 
     @property
     def objects(self) -> Any:
@@ -122,7 +122,7 @@ def connect(site: Site) -> Cloud:
     refuses the credentials, doesn't answer, or has no compute service in the region.
     """
     traffic = Traffic()
-    login = _login(site, site.cloud, site.region)
+    login = logins.for_compute(site)
     session, access = _open(login, traffic)
     region = _region(access, "compute", login, "region")
     return Cloud(
@@ -135,6 +135,47 @@ def connect(site: Site) -> Cloud:
         traffic=traffic,
         _login=login,
     )
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A login with an application credential that a person gave."""
+
+    connection: Any
+    project_id: str
+    roles: tuple[str, ...]
+    credential: LoginCredential
+
+
+def by_application_credential(cloud: Cloud, credential_id: str, secret: str, source: str) -> Tried:
+    """A login at the store's site with another credential than labctl's own. Raises CloudRefused."""
+    from labctl.cloud import credential
+
+    values = {
+        "auth_url": cloud.store.auth_url,
+        "application_credential_id": credential_id,
+        "application_credential_secret": secret,
+    }
+    own = cloud._object_login
+    login = replace(
+        own,
+        auth_type=logins.APPLICATION_CREDENTIAL,
+        values=values,
+        source=source,
+        from_environment=False,
+        key="object_credentials",
+    )
+    session, access = _open(login, cloud.traffic)
+    connection = _connection(session, cloud.store.region, login)
+    used = credential.of_connection(connection, str(access.user_id))
+    if used is None:
+        raise CloudRefused(
+            "Keystone doesn't say which application credential logged in",
+            expected="an application credential in the token",
+            source=source,
+            next_step=login.mend,
+        )
+    return Tried(connection, str(access.project_id), tuple(access.role_names), used)
 
 
 def _open_store(cloud: Cloud) -> _Store:
@@ -160,13 +201,13 @@ def _open_store(cloud: Cloud) -> _Store:
     )
 
 
-def _connection(session: Any, region: str, login: _Login) -> Any:
+def _connection(session: Any, region: str, login: Login) -> Any:
     from openstack.connection import Connection
 
     return Connection(session=session, region_name=region, interface=login.interface)
 
 
-def _open(login: _Login, traffic: Traffic) -> tuple[Any, Any]:
+def _open(login: Login, traffic: Traffic) -> tuple[Any, Any]:
     """A keystoneauth session of python-chi's making, and the token's access record."""
     # python-chi takes OS_* from the environment as defaults, at import too: an entry of clouds.yaml must not be
     # mixed with them (an application credential with a project's name is refused).
@@ -180,7 +221,7 @@ def _open(login: _Login, traffic: Traffic) -> tuple[Any, Any]:
                 chi.set(key, value)
         for key, value in login.settings:
             chi.set(key, value)
-        with refusals("log in", source=login.source):
+        with refusals("log in", expected=login.expected, source=login.source, next_step=login.mend):
             session = chi.session().session
             session.timeout = (CONNECT_TIMEOUT, ANSWER_TIMEOUT)
             traffic.watch(session.session)
@@ -196,7 +237,7 @@ def _open(login: _Login, traffic: Traffic) -> tuple[Any, Any]:
     return session, access
 
 
-def _region(access: Any, service: str, login: _Login, key: str) -> str:
+def _region(access: Any, service: str, login: Login, key: str) -> str:
     """The region to use: the configured one if it has the service, or the only one that has it."""
     aliases = {"compute": ("compute",), "object-store": ("object-store",)}[service]
     having = sorted(
@@ -216,7 +257,17 @@ def _region(access: Any, service: str, login: _Login, key: str) -> str:
         expected=f"one of the regions that have it: {', '.join(having) or 'none here has'}",
         found=login.region or "no region given",
         source=login.source,
-        next_step=f"set region_name in the clouds.yaml entry (or the site's {key})",
+        next_step=_another_region(service, login, key),
+    )
+
+
+def _another_region(service: str, login: Login, key: str) -> str:
+    named = f"set region_name in the clouds.yaml entry (or cloud.{key} in lab.yaml)"
+    if service != "object-store":
+        return named
+    wanted = f" at {login.region}" if login.region else ""
+    return (
+        f"{named}; or this login's site has no store: {logins.how_to_make(login.at_site, wanted, 'object_credentials')}"
     )
 
 
@@ -243,7 +294,7 @@ def _environment(kept: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _unknown_option(login: _Login, key: str) -> Iterator[None]:
+def _unknown_option(login: Login, key: str) -> Iterator[None]:
     from oslo_config.cfg import NoSuchOptError
 
     try:
@@ -254,112 +305,3 @@ def _unknown_option(login: _Login, key: str) -> Iterator[None]:
             source=login.source,
             next_step="remove it from the clouds.yaml entry",
         ) from error
-
-
-def _login(site: Site, name: str | None, region: str | None) -> _Login:
-    if name is None and site.clouds_file is None:
-        name = os.environ.get("OS_CLOUD")
-    return _login_from_file(site, name, region) if name else _login_from_environment(region)
-
-
-def _login_from_file(site: Site, name: str, region: str | None) -> _Login:
-    """An entry of clouds.yaml, read by openstacksdk's own loader (profiles and secure.yaml included)."""
-    from openstack.config import OpenStackConfig
-    from openstack.exceptions import ConfigException
-
-    path = site.clouds_file
-    if path is not None and not path.is_file():
-        raise ConfigError(
-            f"there is no {path}",
-            expected=f"a clouds.yaml with an entry {name}",
-            source=f"site {site.name}",
-            next_step="labctl sandbox up" if site.name == "sandbox" else _CREDENTIAL_HELP,
-        )
-    source = f"{path or 'clouds.yaml'}, entry {name}"
-    try:
-        config = OpenStackConfig(
-            config_files=[str(path)] if path else None,
-            secure_files=[str(path.with_name("secure.yaml"))] if path else None,
-            load_envvars=path is None,
-        )
-        known = sorted(set(config.get_cloud_names()) - {"defaults"})
-        if name not in known:
-            raise ConfigError(
-                f"clouds.yaml has no entry {name}",
-                expected=f"one of: {', '.join(known)}" if known else "at least one entry",
-                found=name,
-                source=str(config.config_filename or path or "./clouds.yaml, ~/.config/openstack, /etc/openstack"),
-                next_step=_CREDENTIAL_HELP,
-            )
-        entry = config.get_one(cloud=name, validate=False).config
-    except ConfigException as error:
-        raise ConfigError(
-            "clouds.yaml can't be used", found=str(error), source=source, next_step="mend the file"
-        ) from error
-    values = {str(key): str(value) for key, value in (entry.get("auth") or {}).items() if value not in (None, "")}
-    if not values.get("auth_url"):
-        raise ConfigError("the clouds.yaml entry has no auth.auth_url", source=source, next_step=_CREDENTIAL_HELP)
-    settings: list[tuple[str, Any]] = []
-    if entry.get("verify") is False:
-        settings.append(("insecure", True))
-    settings += [(ours, str(entry[theirs])) for theirs, ours in _TLS if entry.get(theirs)]
-    return _Login(
-        auth_type=_auth_type(str(entry.get("auth_type") or ""), values),
-        values=values,
-        region=region or entry.get("region_name") or None,
-        interface=str(entry.get("interface") or "public"),
-        source=source,
-        settings=tuple(settings),
-    )
-
-
-_TLS = (("cacert", "cafile"), ("cert", "certfile"), ("key", "keyfile"))
-
-
-def _login_from_environment(region: str | None) -> _Login:
-    """The `OS_*` variables, as Chameleon's Jupyter and openrc files set them."""
-    env = os.environ
-    if not env.get("OS_AUTH_URL"):
-        raise ConfigError(
-            "no credentials for the cloud",
-            expected="a clouds.yaml entry (lab.yaml: cloud), $OS_CLOUD, or OS_AUTH_URL and its companions",
-            found="neither",
-            source="environment",
-            next_step=_CREDENTIAL_HELP + ", or `source` its openrc",
-        )
-    values = {
-        key[3:].lower(): value
-        for key, value in env.items()
-        if key.startswith("OS_") and value and key[3:].lower() in _ENVIRONMENT_VALUES
-    }
-    auth_type = env.get("OS_AUTH_TYPE") or env.get("OS_AUTH_METHOD") or ""
-    settings = [("cafile", env["OS_CACERT"])] if env.get("OS_CACERT") else []
-    return _Login(
-        auth_type=_auth_type(auth_type, values),
-        values={"auth_url": env["OS_AUTH_URL"]} if auth_type.startswith("v3") else values,
-        region=region or env.get("OS_REGION_NAME"),
-        interface=env.get("OS_INTERFACE") or "public",
-        source="environment (OS_*)",
-        settings=tuple(settings),
-        from_environment=auth_type.startswith("v3"),
-    )
-
-
-_ENVIRONMENT_VALUES = frozenset(
-    {
-        *("auth_url", "token", "username", "user_id", "password", "user_domain_name", "user_domain_id"),
-        *("project_name", "project_id", "project_domain_name", "project_domain_id"),
-        *("application_credential_id", "application_credential_name", "application_credential_secret"),
-    }
-)
-
-
-def _auth_type(given: str, values: dict[str, str]) -> str:
-    """python-chi knows the `v3…` names only; clouds.yaml and openrc files often give the short one, or none."""
-    if given.startswith("v3"):
-        return given
-    if "application_credential_secret" in values:
-        return "v3applicationcredential"
-    if given == "token" or "token" in values:
-        return "v3token"
-    return "v3password"

@@ -43,6 +43,12 @@ def stat(cloud: Cloud, name: str) -> Container | None:
     )
 
 
+def head(connection: Any, name: str) -> int:
+    """The store's status for the container, asked with another login than the cloud's own. One request."""
+    with refusals(f"read container {name}"):
+        return int(connection.object_store.head(f"/{quote(name, safe='')}", raise_exc=False).status_code)
+
+
 def ensure_container(cloud: Cloud, name: str, metadata: dict[str, str]) -> tuple[Container, bool]:
     """The container of that name and whether it was made now; `metadata` goes only on a new one."""
     found = stat(cloud, name)
