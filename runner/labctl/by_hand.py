@@ -62,8 +62,10 @@ def how_to(ctx: Context, dialect: str) -> str:
     cloud = ctx.cloud
     page = logins.horizon_page(cloud.object_auth_url)
     if dialect == "s3":
-        made = "openstack ec2 credentials create, with a login by password or token"
-        return f"{made}, for project {cloud.store.project_id} at {cloud.object_region}"
+        made = f"openstack ec2 credentials create --project {cloud.store.project_id}"
+        return (
+            f"with a login by password or token at {cloud.object_region}: {made}; EC2_ACCESS_KEY=… and EC2_SECRET_KEY=…"
+        )
     roles = [role for role in credentials.ROLES if role in cloud.store.roles] or list(cloud.store.roles)
     ends = (datetime.now(UTC) + credentials.LIFETIME).strftime("%Y-%m-%dT%H:%M:%S")
     name = f"labctl-{ctx.lab.lab}-by-hand"
@@ -85,12 +87,11 @@ def ask(ctx: Context, dialect: str, said: str) -> Credential:
     if ctx.prompt is None:
         raise CloudRefused(
             f"The login may not make {_KINDS[dialect]} for the server.",
-            expected="a login by password or token, or an unrestricted application credential",
+            expected="a login by password or token" + ("" if dialect == "s3" else ", or an unrestricted one of these"),
             found=said,
             source=f"login at {ctx.cloud.object_auth_url}",
             next_step=f"{how_to(ctx, dialect)}; chmod 600 the file and name it in lab.yaml: "
             "object_store: {credentials_file: FILE}",
-            detail=said,
         )
     ctx.progress.note(
         f"The server needs {_KINDS[dialect]} for the object store, and this login may not make one ({said}). "

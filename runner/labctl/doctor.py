@@ -62,6 +62,7 @@ def examine(make_context: Callable[[], Any]) -> Iterator[Finding]:
         ("clock", _clock),
         ("object store login", _store),
         ("credential", _credential),
+        ("store credential", _store_credential),
         ("image, flavor, network", _choices),
         ("quota", _quota),
         ("images", lambda ctx: Finding("images", OK, ", ".join(sorted(ctx.images.references)))),
@@ -111,23 +112,43 @@ def _store(ctx: Any) -> Finding:
 
 
 def _credential(ctx: Any) -> Finding:
-    """The kind of login, and for an application credential how long it lives and what it may do."""
+    """The kinds of login, and for an application credential how long it lives and what it may do."""
     from labctl.cloud import credential
 
-    used = credential.of_login(ctx.cloud)
-    if used is None:
-        return Finding("credential", OK, "password or token login")
-    ends = used.expires_at or "never"
-    if not used.unrestricted:
-        return Finding(
-            "credential",
-            WARNING,
-            f"application credential {used.name} (ends {ends}) is restricted: it can't make the server's own",
-            "make an unrestricted one in Horizon (Identity > Application Credentials), or log in by password or token",
-        )
-    if used.expires_at and datetime.fromisoformat(used.expires_at).replace(tzinfo=UTC) - datetime.now(UTC) < ENDS_SOON:
-        return Finding("credential", WARNING, f"application credential {used.name} ends {ends}", "make a new one")
-    return Finding("credential", OK, f"application credential {used.name}, unrestricted, ends {ends}")
+    used = {"compute": credential.of_login(ctx.cloud), "object store": credential.of_store_login(ctx.cloud)}
+    if used["compute"] == used["object store"]:
+        used = {"both": used["compute"]}
+    said, steps = [], []
+    for place, one in used.items():
+        if one is None:
+            said.append(f"{place}: password or token")
+            continue
+        kind = "unrestricted" if one.unrestricted else "restricted, so it may make neither leases nor credentials"
+        said.append(f"{place}: application credential {one.name}, {kind}, ends {one.expires_at or 'never'}")
+        if not one.unrestricted or not _lasts(one.expires_at):
+            steps.append(ctx.cloud.login_help if place != "object store" else ctx.cloud.store_login_help)
+    return Finding("credential", WARNING if steps else OK, "; ".join(said), steps[0] if steps else "")
+
+
+def _lasts(ends: str | None) -> bool:
+    return ends is None or datetime.fromisoformat(ends).replace(tzinfo=UTC) - datetime.now(UTC) >= ENDS_SOON
+
+
+def _store_credential(ctx: Any) -> Finding:
+    """What the server opens the store with, or will; nothing is made or asked for."""
+    from labctl import store_access
+    from labctl.cloud import server
+
+    ctx.prompt = None
+    found = server.find(ctx.cloud, ctx.lab.server_name)
+    plan = store_access.check(ctx, found)
+    if plan.given is not None:
+        ends = plan.given.expires_at
+        state = OK if _lasts(ends) else WARNING
+        return Finding("store credential", state, f"{plan.given.name}, {plan.dialect}, ends {ends or 'never'}")
+    if plan.dialect or found is None:
+        return Finding("store credential", OK, f"{plan.dialect}, made by labctl up")
+    return Finding("store credential", OK, f"{store_access.dialect_of(found)}, the server has one that serves")
 
 
 def _choices(ctx: Any) -> Finding:

@@ -101,17 +101,13 @@ def serves(ctx: Context, server: Server) -> bool:
     if not used or ctx.lab.object_store.dialect not in (AUTO, dialect) or (given is not None and given.id != used):
         return False
     if dialect == S3:
-        return _key_serves(ctx, used, by_hand=given is not None)
+        # a login that may ask for no key knows nothing of this one either: it is believed
+        return ec2.exists(ctx.cloud, used) or bool(ec2.may_be_made(ctx.cloud))
     for one in credentials.list_all(ctx.cloud):
         if one.id == used:
             labctls = credentials.is_ours(one, ctx.lab.lab)
             return credentials.lives(one) if labctls else credentials.lives(one, timedelta(0))
     return False
-
-
-def _key_serves(ctx: Context, key: str, *, by_hand: bool) -> bool:
-    """A login that may not have keys can't ask Keystone for one that somebody else made either."""
-    return ec2.exists(ctx.cloud, key) or (by_hand and bool(ec2.may_be_made(ctx.cloud)))
 
 
 def renewed(ctx: Context, server: Server, *, anew: bool = False, dry: bool = False) -> Credential | None:
@@ -185,7 +181,7 @@ def revoke(ctx: Context, server: Server, *, keep: str = "") -> None:
     ours, keys = credentials.list_ours(ctx.cloud, ctx.lab.lab), s3_keys(ctx)
     used = server.metadata.get(META_CREDENTIAL)
     again = ctx.store_plan.given.id if ctx.store_plan and ctx.store_plan.given else ""
-    if used and used not in (keep, again, *(one.id for one in ours), *keys):
+    if used and used not in (keep, again, *(one.id for one in ours), *keys) and _is_there(ctx, server, used):
         kind = "ec2 credentials" if dialect_of(server) == S3 else "application credential"
         ctx.progress.note(f"{used} wasn't made by labctl and stays: openstack {kind} delete {used}")
     for one in ours:
@@ -197,6 +193,12 @@ def revoke(ctx: Context, server: Server, *, keep: str = "") -> None:
     left = [key for key in keys if key == keep or not _revoke_key(ctx, key)]
     if left != keys:
         _remember(ctx, left)
+
+
+def _is_there(ctx: Context, server: Server, used: str) -> bool:
+    if dialect_of(server) == S3:
+        return ec2.exists(ctx.cloud, used)
+    return any(one.id == used for one in credentials.list_all(ctx.cloud))
 
 
 def _revoke_key(ctx: Context, key: str) -> bool:

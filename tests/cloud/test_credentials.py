@@ -222,6 +222,20 @@ def test_a_credential_given_at_the_prompt_is_proved_and_used(
     assert store_access.serves(again, server(1, **store_access.tags(made)))
 
 
+def test_what_a_person_made_is_named_when_the_server_goes_and_not_revoked(
+    lab: Lab, clicks: Clicks, context: Callable[..., Context]
+) -> None:
+    ctx = context()
+    told: list[str] = []
+    ctx.progress.note = told.append  # type: ignore[method-assign]
+    by_hand = clicks.make("theirs")
+    store_access.revoke(ctx, server(7, labctl_credential_id=by_hand.id))
+    assert [by_hand.id in text for text in told] == [True]
+    assert by_hand.id in [one.id for one in credential.list_all(ctx.cloud)]
+    store_access.revoke(ctx, server(7, labctl_credential_id="0" * 32))
+    assert len(told) == 1
+
+
 def test_a_wrong_secret_from_the_prompt_is_refused_and_not_shown(
     clicks: Clicks, context: Callable[..., Context], tmp_path: Path
 ) -> None:

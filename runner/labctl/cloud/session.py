@@ -65,6 +65,11 @@ class Cloud:
         """How to make an application credential that labctl can work with, at the compute site."""
         return logins.how_to_make(self.auth_url, f" at {self.region}", "credentials")
 
+    @property
+    def store_login_help(self) -> str:
+        """The same at the object store's site."""
+        return logins.how_to_make(self.object_auth_url, f" at {self.object_region}", "object_credentials")
+
     @cached_property
     def store(self) -> _Store:
         """The object store's site: connection, user, project, region. Authenticates on first use.
