@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from labctl import host_probe, leases, ssh
+from labctl import host_probe, leases, ssh, store_access
 from labctl.cloud import server as servers
 from labctl.cloud import store as stores
 from labctl.cloud import volume as volumes
@@ -33,6 +33,7 @@ def status(ctx: Context) -> Status:
         if volume
         else VolumeStatus(lab.volume_name),
         ObjectStoreStatus(lab.container_name, objects=container.objects if container else None),
+        credential=store_access.status_of(server),
     )
     if not server or server.status != "ACTIVE" or not server.address:
         return found

@@ -8,6 +8,8 @@ from typing import Any
 
 #: A lease with less left than that is worth a warning.
 LEASE_WARNING = timedelta(hours=48)
+#: The same for the server's credential; from then on `up` and `converge` renew it (`cloud.credential.MARGIN`).
+CREDENTIAL_WARNING = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,14 @@ class ObjectStoreStatus:
 
 
 @dataclass(frozen=True)
+class CredentialStatus:
+    """What the server opens the object store with. `ends` is ISO 8601 in UTC, or None for never."""
+
+    dialect: str
+    ends: str | None = None
+
+
+@dataclass(frozen=True)
 class ServiceStatus:
     """A service: its address on the server's loopback (or opened to the network), its health and version."""
 
@@ -64,6 +74,7 @@ class Status:
     services: dict[str, ServiceStatus] = field(default_factory=dict)
     host_error: str = ""
     backup: dict[str, Any] = field(default_factory=dict)
+    credential: CredentialStatus | None = None
 
     @property
     def healthy(self) -> bool:
@@ -92,6 +103,7 @@ class Status:
             ObjectStoreStatus(**{**asdict(self.object_store), "mounted": store is not None}),
             {name: ServiceStatus(**service) for name, service in host["services"].items()},
             backup=host["backup"],
+            credential=self.credential,
         )
 
     def rows(self) -> list[tuple[str, str]]:
@@ -104,6 +116,8 @@ class Status:
             ("volume", _volume_text(volume)),
             ("object store", f"{store.container} {_count(store.objects)}, {_mounted(store.mounted)}"),
         ]
+        if text := credential_text(self.credential, datetime.now(UTC)):
+            rows.append(("credential", text))
         for name, service in self.services.items():
             state = "healthy" if service.healthy else "NOT healthy"
             rows.append((name, " ".join(part for part in (service.url, service.version, state, service.note) if part)))
@@ -120,6 +134,17 @@ def lease_text(ends: str, now: datetime) -> str:
     left = moment - now
     text = f"ends {moment:%Y-%m-%d %H:%M} UTC, {left_text(left)}"
     return text if left >= LEASE_WARNING else f"{text}. WARNING: the VM goes with it; labctl lease extend"
+
+
+def credential_text(credential: CredentialStatus | None, now: datetime) -> str:
+    """A warning when the server's credential for the object store ends soon, or has; else ""."""
+    if credential is None or credential.ends is None:
+        return ""
+    left = datetime.fromisoformat(credential.ends) - now
+    if left >= CREDENTIAL_WARNING:
+        return ""
+    ends = f"for the object store ends {credential.ends[:16].replace('T', ' ')} UTC, {left_text(left)}"
+    return f"{ends}. WARNING: the mount goes with it; labctl up renews it"
 
 
 def left_text(left: timedelta) -> str:

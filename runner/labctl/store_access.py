@@ -12,12 +12,13 @@ from datetime import timedelta
 from pathlib import Path
 
 from labctl import by_hand
-from labctl.cloud import META_CREDENTIAL, META_DIALECT, META_S3_KEY, ec2
+from labctl.cloud import META_CREDENTIAL, META_CREDENTIAL_ENDS, META_DIALECT, META_S3_KEY, ec2
 from labctl.cloud import credential as credentials
 from labctl.cloud import store as stores
 from labctl.context import Context
 from labctl.errors import CloudRefused, ConfigError
 from labctl.models import Credential, Server
+from labctl.status import CredentialStatus
 
 SWIFT, S3, AUTO = "swift", "s3", "auto"
 
@@ -29,7 +30,18 @@ def dialect_of(server: Server) -> str:
 
 def tags(made: Credential) -> dict[str, str]:
     """What a server is tagged with that has this credential's secret."""
-    return {META_CREDENTIAL: made.id, META_DIALECT: made.dialect}
+    return {META_CREDENTIAL: made.id, META_DIALECT: made.dialect, META_CREDENTIAL_ENDS: _ends(made)}
+
+
+def _ends(made: Credential) -> str:
+    return f"{made.expires_at[:19]}Z" if made.expires_at else ""
+
+
+def status_of(server: Server | None) -> CredentialStatus | None:
+    """What `labctl status` says of it. No request."""
+    if server is None or META_CREDENTIAL not in server.metadata:
+        return None
+    return CredentialStatus(dialect_of(server), server.metadata.get(META_CREDENTIAL_ENDS) or None)
 
 
 @dataclass(frozen=True)

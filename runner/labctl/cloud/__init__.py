@@ -11,6 +11,8 @@ META_LAB = "labctl_lab"
 META_CREDENTIAL = "labctl_credential_id"
 #: Server metadata key with the dialect that the credential is for, `swift` (also where there is none) or `s3`.
 META_DIALECT = "labctl_object_dialect"
+#: Server metadata key with the end of that credential (ISO 8601, UTC); empty for one without an end.
+META_CREDENTIAL_ENDS = "labctl_credential_ends"
 #: Container metadata key with the access key that labctl made for reading it: EC2 keys have no name and no end, and a
 #: server may be gone (with its lease) before its key is.
 META_S3_KEY = "labctl_s3_key"
