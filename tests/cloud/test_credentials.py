@@ -12,8 +12,8 @@ import pytest
 import yaml
 from conftest import CLOUDS_FILE, Lab, object_entry, site
 from labctl import lab as labs
-from labctl import store_access
-from labctl.cloud import credential, ec2, session, store
+from labctl import leases, store_access
+from labctl.cloud import credential, ec2, lease, session, store
 from labctl.context import Context
 from labctl.errors import CloudRefused, ConfigError
 from labctl.models import Server
@@ -197,6 +197,21 @@ def test_a_restricted_login_is_told_so_with_the_command_before_anything_is_made(
     assert command in caught.value.next_step
     assert {method for method, _, _ in ctx.cloud.traffic.log} <= {"GET", "POST", "HEAD"}
     assert [url for method, url, _ in ctx.cloud.traffic.log if method == "POST" and "auth/tokens" not in url] == []
+
+
+def test_a_restricted_login_is_told_that_it_can_make_no_lease_before_anything_is_made(
+    clicks: Clicks, context: Callable[..., Context], tmp_path: Path
+) -> None:
+    path = clicks.openrc(tmp_path, clicks.make("restricted"))
+    ctx = context({**as_file(path), "needs_lease": True})
+    if not lease.offered(ctx.cloud):
+        pytest.skip("the cloud has no leases")
+    with pytest.raises(CloudRefused) as caught:
+        leases.refuse_if_unmakeable(ctx, None)
+    assert "restricted" in caught.value.found
+    assert "lease.name" in caught.value.next_step
+    assert str(path) in caught.value.source
+    leases.refuse_if_unmakeable(ctx, server(8))  # it has a server: no lease is needed for one
 
 
 def test_a_credential_given_at_the_prompt_is_proved_and_used(

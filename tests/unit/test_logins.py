@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from keystoneauth1.access import AccessInfoV3
 from labctl import lab as labs
-from labctl.cloud import logins
-from labctl.errors import ConfigError
+from labctl.cloud import logins, session
+from labctl.errors import CloudRefused, ConfigError
 from labctl.models import Site
 from labctl.sites import site_of
 
@@ -105,3 +106,21 @@ def test_a_file_that_others_can_read_is_no_place_for_a_secret(tmp_path: Path) ->
     with pytest.raises(ConfigError) as caught:
         logins.for_compute(chameleon(tmp_path, credentials=str(path)))
     assert caught.value.next_step == f"chmod 600 {path}"
+
+
+def test_a_login_of_a_site_without_a_store_is_told_where_the_stores_own_is_made(tmp_path: Path) -> None:
+    """Chameleon's KVM site knows nothing of the object store at CHI@TACC."""
+    endpoint = {"region": "KVM@TACC", "interface": "public", "url": "https://kvm.tacc.chameleoncloud.org:8774"}
+    body = {"token": {"catalog": [{"type": "compute", "endpoints": [endpoint]}], "methods": [], "user": {"id": "u"}}}
+    openrc(
+        tmp_path,
+        "kvm.sh",
+        OS_AUTH_URL="https://kvm.tacc.chameleoncloud.org:5000/v3",
+        OS_APPLICATION_CREDENTIAL_ID="i",
+        OS_APPLICATION_CREDENTIAL_SECRET="s",
+    )
+    login = logins.for_objects(chameleon(tmp_path, credentials=f"{tmp_path}/kvm.sh"))
+    with pytest.raises(CloudRefused) as caught:
+        session._region(AccessInfoV3(body), "object-store", login, "object_region")
+    assert "https://chi.tacc.chameleoncloud.org/identity/application_credentials/" in caught.value.next_step
+    assert "cloud: {object_credentials: FILE}" in caught.value.next_step
