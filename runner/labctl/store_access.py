@@ -63,13 +63,17 @@ def check(ctx: Context, server: Server | None) -> Plan:
     return ctx.store_plan
 
 
-def _plan(ctx: Context, server: Server | None) -> Plan:
+def _plan(ctx: Context, server: Server | None, *, lost: bool = False) -> Plan:
+    """`lost`: the server has no secret any more, so that what it had is of no use."""
     given = _from_file(ctx)
     if given is None:
         dialect = choose(ctx, server)
         said = _why_not(ctx, dialect)
         if not said:
             return Plan(dialect)
+        if server is not None and not lost and (left := _in_use(ctx, server)) and credentials.lives(left, timedelta(0)):
+            ctx.progress.note(f"{left.name} ends on {left.expires_at} (UTC), and this login may make no other: {said}.")
+            return Plan("")
         given = by_hand.ask(ctx, dialect, said)
     if ctx.lab.object_store.dialect not in (AUTO, given.dialect):
         raise ConfigError(
@@ -109,17 +113,22 @@ def serves(ctx: Context, server: Server) -> bool:
 
     One that was made by hand serves to its end: only a person can make the next.
     """
-    used, dialect, given = server.metadata.get(META_CREDENTIAL), dialect_of(server), _from_file(ctx)
-    if not used or ctx.lab.object_store.dialect not in (AUTO, dialect) or (given is not None and given.id != used):
+    given, used = _from_file(ctx), _in_use(ctx, server)
+    if used is None or (given is not None and given.id != used.id):
         return False
-    if dialect == S3:
-        # a login that may ask for no key knows nothing of this one either: it is believed
-        return ec2.exists(ctx.cloud, used) or bool(ec2.may_be_made(ctx.cloud))
-    for one in credentials.list_all(ctx.cloud):
-        if one.id == used:
-            labctls = credentials.is_ours(one, ctx.lab.lab)
-            return credentials.lives(one) if labctls else credentials.lives(one, timedelta(0))
-    return False
+    return credentials.lives(used, credentials.MARGIN if credentials.is_ours(used, ctx.lab.lab) else timedelta(0))
+
+
+def _in_use(ctx: Context, server: Server) -> Credential | None:
+    """The server's credential, if it exists and is of a dialect that lab.yaml allows."""
+    used, dialect = server.metadata.get(META_CREDENTIAL), dialect_of(server)
+    if not used or ctx.lab.object_store.dialect not in (AUTO, dialect):
+        return None
+    if dialect == SWIFT:
+        return next((one for one in credentials.list_all(ctx.cloud) if one.id == used), None)
+    # a login that may ask for no key knows nothing of this one either: it is believed
+    there = ec2.exists(ctx.cloud, used) or bool(ec2.may_be_made(ctx.cloud))
+    return Credential(used, f"EC2 key {used}", None, None, S3) if there else None
 
 
 def renewed(ctx: Context, server: Server, *, anew: bool = False, dry: bool = False) -> Credential | None:
@@ -128,7 +137,7 @@ def renewed(ctx: Context, server: Server, *, anew: bool = False, dry: bool = Fal
     With `dry` none is made: what comes back has no secret, and stands for the one that would be.
     """
     if anew and ctx.store_plan == Plan(""):
-        ctx.store_plan = _plan(ctx, server)
+        ctx.store_plan = _plan(ctx, server, lost=True)
     plan = check(ctx, server)
     if not plan.dialect:
         return None

@@ -312,6 +312,18 @@ def test_the_servers_credential_is_renewed_before_it_ends_and_the_old_one_works_
     assert credential.list_ours(ctx.cloud, ctx.lab.lab) == []
 
 
+def test_a_login_that_cant_renew_goes_on_with_what_still_works_and_says_until_when(
+    lab: Lab, clicks: Clicks, context: Callable[..., Context], tmp_path: Path
+) -> None:
+    made = credential.create(lab.cloud, lab.name, server(9).id, datetime.now(UTC) + timedelta(days=2))
+    ctx = context(as_file(clicks.openrc(tmp_path, clicks.make("restricted"))))
+    told: list[str] = []
+    ctx.progress.note = told.append  # type: ignore[method-assign]
+    assert store_access.renewed(ctx, server(9, **store_access.tags(made))) is None
+    assert [str(made.expires_at) in text for text in told] == [True]
+    credential.delete(lab.cloud, made.id)
+
+
 def test_a_key_is_remembered_where_it_outlives_the_server_and_is_revoked_without_it(
     lab: Lab, context: Callable[..., Context]
 ) -> None:
