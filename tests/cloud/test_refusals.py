@@ -17,7 +17,7 @@ def answer(status: int, body: str, kind: str = "application/json") -> Any:
     response.status_code, response._content, response.reason = status, body.encode(), "Reason"
     response.headers["Content-Type"] = kind
     response._content_consumed = True
-    response.request = requests.Request("GET", "http://api.test/v1").prepare()
+    response.request = request("GET")
     response.url = "http://api.test/v1"
     return response
 
@@ -29,17 +29,19 @@ def refusal(status: int, body: str, kind: str = "application/json") -> CloudRefu
 
 
 @pytest.mark.parametrize(
-    ("status", "body"),
+    ("status", "quota", "body"),
     [
-        (413, '{"overLimit": {"code": 413, "message": "VolumeSizeExceedsAvailableQuota: Requested volume or snapshot exceeds allowed gigabytes quota."}}'),  # noqa: E501
-        (403, '{"forbidden": {"code": 403, "message": "Quota exceeded for instances: Requested 1, but already used 1 of 0 instances"}}'),  # noqa: E501
-        (403, '{"forbidden": {"code": 403, "message": "Quota exceeded for cores: Requested 1, but already used 4 of 0 cores"}}'),  # noqa: E501
-        (409, '{"NeutronError": {"type": "OverQuota", "message": "Quota exceeded for resources: [\'floatingip\'].", "detail": ""}}'),  # noqa: E501
+        (413, "gigabytes", '{"overLimit": {"code": 413, "message": "VolumeSizeExceedsAvailableQuota: Requested volume or snapshot exceeds allowed gigabytes quota."}}'),  # noqa: E501
+        (413, "volumes", '{"overLimit": {"code": 413, "message": "VolumeLimitExceeded: Maximum number of volumes allowed (10) exceeded for quota \'volumes\'."}}'),  # noqa: E501
+        (403, "instances", '{"forbidden": {"code": 403, "message": "Quota exceeded for instances: Requested 1, but already used 1 of 0 instances"}}'),  # noqa: E501
+        (403, "cores", '{"forbidden": {"code": 403, "message": "Quota exceeded for cores: Requested 1, but already used 4 of 0 cores"}}'),  # noqa: E501
+        (409, "floating IPs", '{"NeutronError": {"type": "OverQuota", "message": "Quota exceeded for resources: [\'floatingip\'].", "detail": ""}}'),  # noqa: E501
     ],
 )  # fmt: skip
-def test_a_quota_is_called_a_quota_in_the_services_words(status: int, body: str) -> None:
+def test_a_quota_is_called_a_quota_in_the_services_words(status: int, quota: str, body: str) -> None:
     error = refusal(status, body)
-    assert "quota is used up" in error.what
+    assert f"the project's quota of {quota} is used up" in error.what
+    assert error.next_step
     assert "uota" in error.detail
     assert error.detail.strip("{").startswith(("Volume", "Quota"))
 
@@ -102,7 +104,7 @@ def watched(adapter: Adapter) -> Adapter:
 
 
 def request(method: str) -> Any:
-    return requests.Request(method, "http://api.test/v1").prepare()
+    return requests.Request(method, "http://api.test/v1", headers={"X-Auth-Token": "t"}).prepare()
 
 
 def test_a_request_whose_connection_was_just_closed_is_sent_once_more() -> None:
@@ -121,7 +123,8 @@ def test_a_post_is_never_sent_twice_since_it_could_make_a_second_server() -> Non
 
 
 @pytest.mark.parametrize(
-    ("method", "status", "sent"), [("PUT", 503, 3), ("GET", 429, 3), ("POST", 503, 1), ("GET", 500, 1)]
+    ("method", "status", "sent"),
+    [("PUT", 503, 3), ("GET", 429, 3), ("POST", 503, 1), ("POST", 429, 3), ("GET", 500, 1)],
 )
 def test_a_busy_service_is_asked_again_unless_that_could_make_two(
     monkeypatch: pytest.MonkeyPatch, method: str, status: int, sent: int
