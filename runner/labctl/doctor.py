@@ -14,11 +14,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from labctl import clock
 from labctl.errors import LabctlError
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
-#: Tokens and leases are compared with this machine's clock; Keystone itself forgives about as much.
-CLOCK_SKEW = timedelta(seconds=60)
 #: A credential that ends sooner is worth a word.
 ENDS_SOON = timedelta(days=7)
 #: Seconds for a first answer from sshd.
@@ -95,11 +94,10 @@ def _key(ctx: Any) -> Finding:
 
 
 def _clock(ctx: Any) -> Finding:
-    """By the time at which Keystone says that it issued the token, a moment ago."""
-    session = ctx.cloud.compute.session
-    skew = datetime.now(UTC) - session.auth.get_access(session).issued
-    if abs(skew) > CLOCK_SKEW:
-        off = f"this machine's clock is {abs(skew.total_seconds()):.0f} s {'ahead' if skew > CLOCK_SKEW else 'behind'}"
+    """By the time at which Keystone says that it issued the token."""
+    skew = ctx.cloud.clock_skew
+    if abs(skew) > clock.NOTICEABLE:
+        off = f"{clock.skew_text(skew)} of the cloud's"
         return Finding("clock", FAILED, off, "set it: timedatectl set-ntp true", 2)
     return Finding("clock", OK, "agrees with the cloud's")
 

@@ -8,10 +8,12 @@ own session and `chi.use_site()` asks a host elsewhere without a time-out, so ne
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT = 10
 #: Seconds until an API's first bytes. Blazar deletes a lease with its server in up to 15 s before it answers.
 ANSWER_TIMEOUT = 60
+#: The version of Cinder's API that is spoken where a request names no other: the first of v3.
+VOLUME_API = "3.0"
 
 
 @dataclass
@@ -44,6 +48,8 @@ class Cloud:
     region: str
     traffic: Traffic
     _login: Login = field(repr=False)
+    #: How far this machine's clock was ahead of Keystone's when it issued the token; negative: behind.
+    clock_skew: timedelta = timedelta(0)
 
     @property
     def requests(self) -> int:
@@ -129,6 +135,7 @@ def connect(site: Site) -> Cloud:
     traffic = Traffic()
     login = logins.for_compute(site)
     session, access = _open(login, traffic)
+    skew = datetime.now(UTC) - access.issued
     region = _region(access, "compute", login, "region")
     return Cloud(
         site=site,
@@ -139,6 +146,7 @@ def connect(site: Site) -> Cloud:
         region=region,
         traffic=traffic,
         _login=login,
+        clock_skew=skew,
     )
 
 
@@ -207,9 +215,52 @@ def _open_store(cloud: Cloud) -> _Store:
 
 
 def _connection(session: Any, region: str, login: Login) -> Any:
+    return _connection_class()(
+        session=session,
+        region_name=region,
+        interface=login.interface,
+        block_storage_endpoint_override=_volumes_url(session, region, login),
+    )
+
+
+def _volumes_url(session: Any, region: str, login: Login) -> str | None:
+    """Cinder's address in the catalogue; None where the region has none (the object store's, often)."""
+    from keystoneauth1.exceptions import EndpointNotFound
+
+    try:
+        return str(
+            session.auth.get_access(session).service_catalog.url_for(
+                service_type="block-storage", region_name=region, interface=login.interface
+            )
+        )
+    except EndpointNotFound:
+        return None
+
+
+@functools.cache
+def _connection_class() -> Any:
+    """openstacksdk's Connection, which takes Cinder's address from the catalogue and asks it for no versions.
+
+    Cinder answers such a question with 401 first: two requests of every command, and there is only one version left.
+    """
+    from openstack.block_storage.block_storage_service import BlockStorageService
+    from openstack.block_storage.v3._proxy import Proxy
     from openstack.connection import Connection
 
-    return Connection(session=session, region_name=region, interface=login.interface)
+    class Volumes(Proxy):  # type: ignore[misc]
+        skip_discovery = True
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.default_microversion = VOLUME_API  # given as an option, it would be checked by discovery
+
+    class VolumeService(BlockStorageService):  # type: ignore[misc]
+        supported_versions = {"3": Volumes}  # noqa: RUF012 (as the class above it has it)
+
+    class LabConnection(Connection):  # type: ignore[misc]
+        block_storage = VolumeService(service_type="block-storage")
+
+    return LabConnection
 
 
 def _open(login: Login, traffic: Traffic) -> tuple[Any, Any]:
