@@ -51,6 +51,8 @@ class Context:
         self.prompt: Callable[[str, bool], str] | None = None
         #: How the server gets its credential for the object store, once that is settled (`store_access.check`).
         self.store_plan: Plan | None = None
+        #: Whether a server that the cloud couldn't start (no valid host, say) is made once more.
+        self.retry = False
         self.site: Site = site_of(lab)
 
     @cached_property

@@ -155,6 +155,7 @@ class ServerSection(Section):
     name: ResourceName | None = None
     image: ResourceName = "CC-Ubuntu24.04"
     flavor: ResourceName = "m1.large"
+    availability_zone: ResourceName | None = None
     user: Annotated[str, AfterValidator(_user_name)] = "cc"
     ssh_key: str | None = None
 

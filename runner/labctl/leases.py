@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from labctl import clock
 from labctl.cloud import META_LEASE, META_LEASE_ENDS
 from labctl.cloud import credential as credentials
 from labctl.cloud import lease as leases
@@ -316,6 +317,7 @@ def extend(ctx: Context, server: Server, lasts: timedelta) -> bool:
 
     A site of which that isn't known is asked on an empty lease: the wrong answer would ruin one that carries a server.
     """
+    clock.refuse_if_wrong(ctx.cloud)
     lease = of_server(ctx.cloud, server)
     if lease is None:
         raise CloudRefused(f"{server.name} lives in no lease.", next_step="labctl status")

@@ -6,15 +6,16 @@ again. What is durable (volume, container) and what is disposable (server, addre
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from labctl import ansible, leases, ssh, store_access
+from labctl import ansible, clock, inventory_cache, leases, ssh, store_access
 from labctl import inventory as inventories
 from labctl import lab as labs
 from labctl.ansible import Outcome, Run, Step
@@ -60,10 +61,13 @@ def provide(ctx: Context, **metadata: str) -> tuple[Server, Volume]:
     `metadata`: what a server that is made here is tagged with besides the lab's name.
     """
     progress, cloud, lab = ctx.progress, ctx.cloud, ctx.lab
+    clock.refuse_if_wrong(cloud)
     with progress.step("what is there"):
         server, volume = find_server(ctx), volumes.find(cloud, lab.volume_name)
-        if volume is not None:
-            volumes.refuse_if_used(cloud, volume, server)
+        refuse_volume(ctx, volume, server)
+        if ctx.retry and server is not None and never_ran(server):
+            discard(ctx, server)
+            server = None
     leases.refuse_if_unmakeable(ctx, server)
     store_access.check(ctx, server)
     with progress.step("SSH key and security group"):
@@ -73,17 +77,20 @@ def provide(ctx: Context, **metadata: str) -> tuple[Server, Volume]:
     lease = leases.ensure(ctx) if server is None else None
     with progress.step(f"server {lab.server_name}") as step:
         created = server is None
-        if server is None:
-            server = servers.create(
-                cloud,
-                lab.server_name,
-                image=lab.server.image,
-                flavor=leases.launch_flavor(lease, lab.server.flavor),
-                network=ctx.site.network,
-                key_name=key_name,
-                groups=["default", *groups],
-                metadata={META_LAB: lab.lab, **leases.tags(lease), **metadata},
-            )
+        launch = partial(
+            servers.create,
+            cloud,
+            lab.server_name,
+            image=lab.server.image,
+            flavor=leases.launch_flavor(lease, lab.server.flavor),
+            network=ctx.site.network,
+            key_name=key_name,
+            groups=["default", *groups],
+            metadata={META_LAB: lab.lab, **leases.tags(lease), **metadata},
+            zone=lab.server.availability_zone,
+        )
+        server = server or launch()
+        inventory_cache.forget(ctx.state)
         step.result("requested" if created else f"exists, {server.status}")
     volume = provide_volume(ctx, volume)
     with progress.step(f"container {lab.container_name}"):
@@ -91,7 +98,8 @@ def provide(ctx: Context, **metadata: str) -> tuple[Server, Volume]:
     with progress.step("server ACTIVE, with an address") as step:
         if server.status == "SHUTOFF":
             servers.start(cloud, server.id)
-        server = servers.wait_active(cloud, server.id, step.tell)
+        if created or server.status != "ACTIVE":
+            server = wait_active(ctx, server, step, launch if created and ctx.retry else None)
         if not created:
             networks.put_groups_on(cloud, server, groups)
         address = networks.ensure_floating_ip(cloud, server, lab.lab).address
@@ -100,6 +108,36 @@ def provide(ctx: Context, **metadata: str) -> tuple[Server, Volume]:
     volume = attach(ctx, server, volume)
     wait_for_login(ctx, server)
     return server, volume
+
+
+def refuse_volume(ctx: Context, volume: Volume | None, server: Server | None) -> None:
+    """Raises, before anything is made or deleted for it, where the volume is broken or another server's."""
+    if volume is not None:
+        volumes.refuse_if_broken(volume)
+        volumes.refuse_if_used(ctx.cloud, volume, server)
+
+
+def wait_active(ctx: Context, server: Server, step: Progress, again: Callable[[], Server] | None) -> Server:
+    """The server once it is ACTIVE. `again` launches another one, once, where the cloud couldn't start this one."""
+    try:
+        return servers.wait_active(ctx.cloud, server.id, step.tell)
+    except CloudRefused as refused:
+        now = servers.get(ctx.cloud, server.id) if again else None
+        if again is None or now is None or not never_ran(now):
+            raise
+        ctx.progress.note(f"{refused.what}: {refused.found} Once more, as --retry asks.")
+        discard(ctx, now)
+    return servers.wait_active(ctx.cloud, again().id, step.tell)
+
+
+def never_ran(server: Server) -> bool:
+    """Whether the cloud couldn't start it: nothing was ever in it, or attached to it."""
+    return server.status == "ERROR" and not server.ran
+
+
+def discard(ctx: Context, server: Server) -> None:
+    """Delete a server that never ran."""
+    servers.delete(ctx.cloud, server.id, ctx.progress.tell)
 
 
 def provide_volume(ctx: Context, volume: Volume | None) -> Volume:
@@ -230,6 +268,7 @@ def rebuild(ctx: Context, *, force: bool = False, new_lease: timedelta | None = 
     """
     volume = existing_volume(ctx)
     server = find_server(ctx)
+    refuse_volume(ctx, volume, server)
     if server is not None and server.metadata.get(META_REBUILD) == UNFINISHED and server.status != "ERROR":
         ctx.progress.note(
             f"Continuing the rebuild that made {server.name} ({server.id}); labctl down first for another."
@@ -316,6 +355,7 @@ def release_volume(ctx: Context, server: Server, volume: Volume | None, *, force
 
 def delete_server(ctx: Context, server: Server) -> None:
     """Delete the server and the credential that only it had. Its address stays the lab's."""
+    inventory_cache.forget(ctx.state)
     with ctx.progress.step(f"delete server {server.name}") as step:
         servers.delete(ctx.cloud, server.id, step.tell)
         store_access.revoke(ctx, server)
@@ -406,6 +446,16 @@ def existing_volume(ctx: Context) -> Volume:
 
 
 def inventory_document(lab_file: Path | None) -> dict[str, Any]:
-    """The dynamic inventory of the lab that a lab.yaml describes; the same that labctl itself runs Ansible with."""
-    ctx = Context(labs.load(labs.find_file(lab_file)), Progress(Console(stderr=True, quiet=True)), lambda _: False)
-    return inventories.build(ctx.cloud, ctx.inventory_spec)
+    """The dynamic inventory of the lab that a lab.yaml describes; the same that labctl itself runs Ansible with.
+
+    Asked for again by the same process within seconds, it is the one of before, without a request. An error is never
+    remembered.
+    """
+    path = labs.find_file(lab_file)
+    ctx = Context(labs.load(path), Progress(Console(stderr=True, quiet=True)), lambda _: False)
+    key = inventory_cache.key_of(path, ctx.site.clouds_file)
+    document = inventory_cache.read(ctx.state, key) if key else None
+    if document is None:
+        document = inventories.build(ctx.cloud, ctx.inventory_spec)
+        inventory_cache.write(ctx.state, key, document)
+    return document

@@ -40,7 +40,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Server:
-    """A server as the compute API shows it; `address` is its floating IP, `flavor` its flavor's name."""
+    """A server as the compute API shows it; `address` is its floating IP, `flavor` its flavor's name.
+
+    `ran`: whether it was ever started; one in ERROR that wasn't found no host, say, and holds nothing. `zone` is its
+    availability zone.
+    """
 
     id: str
     name: str
@@ -51,11 +55,13 @@ class Server:
     metadata: dict[str, str] = field(default_factory=dict)
     fault: str = ""
     flavor: str = ""
+    ran: bool = True
+    zone: str = ""
 
 
 @dataclass(frozen=True)
 class Volume:
-    """A block volume; `attached_to` is a server's id, `device` the cloud's idea of its path."""
+    """A block volume; `attached_to` is a server's id, `device` the cloud's idea of its path, `zone` where it lies."""
 
     id: str
     name: str
@@ -64,6 +70,7 @@ class Volume:
     attached_to: str | None
     device: str | None
     metadata: dict[str, str] = field(default_factory=dict)
+    zone: str = ""
 
 
 @dataclass(frozen=True)

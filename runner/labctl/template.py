@@ -25,6 +25,7 @@ server:
   image: CC-Ubuntu24.04
   flavor: m1.large
   # name: node-persist-{lab}
+  # availability_zone: nova         # where the volume lies in another one than the site's servers usually do
   # ssh_key: ~/.ssh/id_ed25519      # a private key; default: one that labctl makes for you
 
 # lease:                  # on sites that have leases, such as KVM@TACC: how long a new one lasts

@@ -14,6 +14,11 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from labctl import lab as labs
+from labctl import lifecycle, observe
+from labctl.context import Context
+from labctl.progress import Progress
+from rich.console import Console
 from story import LABCTL, REPOSITORY, Commands, Evidence, sandbox_cloud
 
 SERVER = "node-persist-e2e"
@@ -97,6 +102,23 @@ def test_a_second_converge_changes_nothing_in_at_most_eight_round_trips(lab: Com
     outcome = lab.json("converge")
     assert outcome["changed"] == 0, outcome["changed_tasks"]
     assert outcome["remote_tasks"] <= 8
+
+
+def test_looking_at_a_finished_lab_costs_few_api_requests(lab: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those for tokens included; `up` shows the status at its end. Each is what a command of its own makes."""
+    monkeypatch.chdir(lab.directory)
+    monkeypatch.setenv("LABCTL_STATE", lab.environment["LABCTL_STATE"])
+
+    def context() -> Context:
+        return Context(labs.load(Path("lab.yaml")), Progress(Console(quiet=True)), lambda _: False)
+
+    ctx = context()
+    assert lifecycle.up(ctx).changed == 0
+    observe.status(ctx)
+    assert ctx.cloud.requests <= 15, ctx.cloud.traffic.log
+    ctx = context()
+    assert observe.status(ctx).healthy
+    assert ctx.cloud.requests <= 8, ctx.cloud.traffic.log
 
 
 def test_a_converge_waits_for_what_an_interrupted_one_left_going_on_the_host(lab: Commands) -> None:

@@ -31,12 +31,16 @@ Accept = Annotated[
 ]
 
 
+Retry = Annotated[bool, typer.Option("--retry", help="make a VM that the cloud can't start once more")]
+
+
 @app.command()
-def up(accept_volume: Accept = None) -> None:
+def up(accept_volume: Accept = None, retry: Retry = False) -> None:
     """Bring the whole lab up: VM, address, ports, volume, object store, services. Safe to run again: it continues."""
     from labctl import lifecycle
 
     ctx = context(accept_volume)
+    ctx.retry = retry
     report(lifecycle.up(ctx))
     summary(ctx)
 
@@ -81,11 +85,13 @@ def rebuild(
     new_lease: Annotated[
         bool, typer.Option("--new-lease", help="onto a new lease, made before the old one is given up")
     ] = False,
+    retry: Retry = False,
 ) -> None:
     """Replace the VM by a new one; volume, object store and address stay. Reads everything back. Safe to run again."""
     from labctl import lifecycle
 
     ctx = context(accept_volume)
+    ctx.retry = retry
     verified(lifecycle.rebuild(ctx, force=force, new_lease=ctx.lab.lease.duration if new_lease else None))
 
 

@@ -88,6 +88,8 @@ def record(server: Any) -> Server:
         metadata={str(k): str(v) for k, v in (server.metadata or {}).items()},
         fault=" ".join(str(fault.get(k) or "") for k in ("code", "message")).strip(),
         flavor=_flavor_name(server),
+        ran=server.launched_at is not None,
+        zone=str(server.availability_zone or ""),
     )
 
 
@@ -114,9 +116,12 @@ def create(
     key_name: str,
     groups: Sequence[str],
     metadata: dict[str, str],
+    zone: str | None = None,
     user_data: str | None = None,
 ) -> Server:
     """Asks for a new server and reads it back by its id; it is BUILD then. `groups` are security group ids or names.
+
+    `zone`: the availability zone, where the cloud's choice won't do.
 
     Does not look for an existing one of that name: `find` does. Raises CloudRefused listing what there is when
     image, flavor or network don't exist, and with the quota's words when it is used up.
@@ -131,6 +136,8 @@ def create(
         "security_groups": [{"name": group} for group in groups],
         "metadata": metadata,
     }
+    if zone is not None:
+        request["availability_zone"] = zone
     if user_data is not None:
         import base64
 
@@ -215,6 +222,21 @@ def _undeletable(server: Server) -> CloudRefused:
     )
 
 
+def _in_error(server: Server) -> CloudRefused:
+    """With what the cloud says; "No valid host" is the usual one, where the site is full or lacks such hosts."""
+    advice = "labctl rebuild --force makes it anew; the volume and the container stay"
+    if not server.ran:
+        advice = "labctl up --retry makes it once more; if that fails, too: another flavor, later, or the help desk"
+    return CloudRefused(
+        f"server {server.name} is in ERROR" + ("" if server.ran else ": it never ran"),
+        expected="ACTIVE",
+        found=server.fault or "no reason given by the cloud",
+        source=f"server {server.id}, flavor {server.flavor}",
+        next_step=advice,
+        detail=server.fault,
+    )
+
+
 def wait_active(cloud: Cloud, server_id: str, tell: Tell, timeout: float = ACTIVE_TIMEOUT) -> Server:
     """Waits until the server is ACTIVE. A stopped or paused one is refused at once, with what to run.
 
@@ -230,13 +252,7 @@ def wait_active(cloud: Cloud, server_id: str, tell: Tell, timeout: float = ACTIV
             )
         seen[:] = [server]
         if server.status == "ERROR":
-            raise CloudRefused(
-                f"server {server.name} is in ERROR",
-                expected="ACTIVE",
-                found=server.fault or "no reason given by the cloud",
-                next_step="labctl down, then labctl up; if it happens again, another flavor or the help desk",
-                detail=server.fault,
-            )
+            raise _in_error(server)
         if server.status in _START_WITH:
             raise CloudRefused(
                 f"server {server.name} is {server.status}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NoReturn
 
 from labctl.cloud.refusals import refusals, status_of, words_of
@@ -22,6 +23,8 @@ ONLINE_EXTEND = "3.42"
 
 #: What Nova's 400 says when trying again in a second helps.
 _RACES = ("status must be", "already attached to instances")
+#: What it says where the site attaches volumes to servers of their own availability zone only.
+_ZONES = re.compile(r"not in the same availability.?zone", re.IGNORECASE)
 
 
 def find(cloud: Cloud, name: str) -> Volume | None:
@@ -66,6 +69,7 @@ def record(volume: Any) -> Volume:
         attached_to=attachment.get("server_id"),
         device=attachment.get("device"),
         metadata={str(k): str(v) for k, v in (volume.metadata or {}).items()},
+        zone=str(volume.availability_zone or ""),
     )
 
 
@@ -213,8 +217,27 @@ def _request_attachment(cloud: Cloud, server: Server, volume: Volume) -> str:
             said = words_of(error)
             if status_of(error) == 409 or (status_of(error) == 400 and any(text in said for text in _RACES)):
                 return said
+            if status_of(error) == 400 and _ZONES.search(said):
+                raise _elsewhere(server, volume, said) from error
             raise
     return ""
+
+
+def _elsewhere(server: Server, volume: Volume, said: str) -> CloudRefused:
+    return CloudRefused(
+        f"volume {volume.name} is in another availability zone than server {server.name}",
+        expected=f"a server in the volume's zone, {volume.zone}",
+        found=f"server {server.id} in {server.zone}",
+        source=f"volume {volume.id}",
+        next_step=f"set server.availability_zone: {volume.zone} in lab.yaml, then labctl rebuild",
+        detail=said,
+    )
+
+
+def refuse_if_broken(volume: Volume) -> None:
+    """Raises for a volume in an error state: before a server is made for it, or deleted. No request."""
+    if volume.status.startswith("error"):
+        raise _in_error(volume)
 
 
 def refuse_if_used(cloud: Cloud, volume: Volume, server: Server | None) -> None:
@@ -233,6 +256,7 @@ def refuse_if_used(cloud: Cloud, volume: Volume, server: Server | None) -> None:
         f"volume {volume.name} is in use by another server",
         expected="a volume that no server has",
         found=f"attached to {other.name} ({other.id}, {other.status})",
+        source=f"volume {volume.id}",
         next_step=f"labctl volume detach {volume.name} (or labctl down in that server's lab), then the same again",
     )
 
@@ -305,7 +329,8 @@ def _in_error(volume: Volume) -> CloudRefused:
     return CloudRefused(
         f"volume {volume.name} is in state {volume.status}",
         expected="available or in-use",
-        found=f"{volume.status} ({volume.id})",
+        found=volume.status,
+        source=f"volume {volume.id}",
         next_step="ask the site's help desk to reset its state; labctl never does, the data could be half-written",
     )
 
@@ -313,6 +338,7 @@ def _in_error(volume: Volume) -> CloudRefused:
 def _stuck(volume: Volume, wanted: str, waited: float, said: str = "") -> CloudRefused:
     advice = {
         "detaching": "a detach hangs: unmount it on the old server or delete that server; else the site's help desk",
+        "attaching": "an attachment was begun and not finished: openstack volume attachment list, or the help desk",
         "reserved": "an attachment was begun and not finished: openstack volume attachment list, or the help desk",
         "in-use": "detach it from its server first",
     }
@@ -320,6 +346,7 @@ def _stuck(volume: Volume, wanted: str, waited: float, said: str = "") -> CloudR
     return CloudRefused(
         f"volume {volume.name} is {volume.status}{after}",
         expected=wanted,
-        found=f"{volume.status} ({volume.id})" + (f", {said}" if said else ""),
+        found=f"{volume.status}" + (f", {said}" if said else ""),
+        source=f"volume {volume.id}",
         next_step=advice.get(volume.status, "run the same command again, or look: openstack volume show " + volume.id),
     )
