@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from labctl import credentials_file, resources
+from labctl import credentials_file, resources, ssh
+from labctl.cloud import META_HOST_KEY
 from labctl.errors import ConfigError, HostUnreachable
 from labctl.inventory import InventorySpec
 from labctl.lab import Dataset, Lab
@@ -77,7 +78,10 @@ class Context:
         """How to reach a server. Raises HostUnreachable for one without an address."""
         if server.address is None:
             raise HostUnreachable(f"server {server.name} has no floating IP.", next_step="labctl up")
-        return Login(server.address, self.lab.server.user, self.ssh_key, self.state / "known_hosts", server.id)
+        known_hosts = self.state / "known_hosts"
+        if key := server.metadata.get(META_HOST_KEY):
+            ssh.trust(known_hosts, server.id, [key])
+        return Login(server.address, self.lab.server.user, self.ssh_key, known_hosts, server.id)
 
     @cached_property
     def images(self) -> Images:

@@ -160,8 +160,8 @@ def _quota(ctx: Any) -> Finding:
     """Only what the lab doesn't have yet has to fit."""
     from labctl.cloud import quota, server, volume
 
-    has_server = server.find(ctx.cloud, ctx.lab.server_name) is not None
-    has_volume = volume.find(ctx.cloud, ctx.lab.volume_name) is not None
+    has_server = server.find(ctx.cloud, ctx.lab.server_name, lab=ctx.lab.lab) is not None
+    has_volume = volume.find(ctx.cloud, ctx.lab.volume_name, lab=ctx.lab.lab) is not None
     rooms = quota.room(ctx.cloud)
     needed = {} if has_server else {"instances": 1, "floating IPs": 1}
     needed |= {} if has_volume else {"volumes": 1, "gigabytes": ctx.lab.volume.size_gib}
@@ -176,7 +176,7 @@ def _server(ctx: Any) -> Finding:
     from labctl import ssh
     from labctl.cloud import server
 
-    found = server.find(ctx.cloud, ctx.lab.server_name)
+    found = server.find(ctx.cloud, ctx.lab.server_name, lab=ctx.lab.lab)
     if found is None:
         return Finding("server", OK, f"no {ctx.lab.server_name} yet")
     ssh.wait_for_login(ctx.login(found), lambda _: None, timeout=LOGIN_SECONDS)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from labctl import ssh
 from labctl.errors import CloudRefused
 from labctl.models import Credential, Server, Volume
 
@@ -92,12 +93,12 @@ def build(cloud: Cloud, spec: InventorySpec, *, allow_missing: bool = False) -> 
     """
     from labctl.cloud import server, volume
 
-    found = server.find(cloud, spec.server)
+    found = server.find(cloud, spec.server, lab=spec.lab)
     if found is None or found.address is None:
         if allow_missing:
             return empty()
         raise _missing(spec, found)
-    return document(spec, found, volume.find(cloud, spec.volume), object_store(cloud, found))
+    return document(spec, found, volume.find(cloud, spec.volume, lab=spec.lab), object_store(cloud, found))
 
 
 def empty() -> dict[str, Any]:
@@ -107,10 +108,12 @@ def empty() -> dict[str, Any]:
 
 def document(spec: InventorySpec, server: Server, volume: Volume | None, store: ObjectStore) -> dict[str, Any]:
     """The inventory from what is known already, without a request. Raises CloudRefused for a server without address."""
-    from labctl.cloud import META_LEASE_ENDS
+    from labctl.cloud import META_HOST_KEY, META_LEASE_ENDS
 
     if server.address is None:
         raise _missing(spec, server)
+    if key := server.metadata.get(META_HOST_KEY):
+        ssh.trust(spec.known_hosts, server.id, [key])
     variables = {
         "ansible_host": server.address,
         "ansible_user": spec.user,
@@ -154,6 +157,7 @@ def _volume_variables(spec: InventorySpec, volume: Volume | None) -> dict[str, A
         "block_volume_mount_point": spec.volume_mount_point,
         "block_volume_owner": spec.user,
         "block_volume_lab": spec.lab,
+        "block_volume_host_keys": True,
     }
 
 

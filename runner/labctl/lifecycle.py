@@ -19,7 +19,7 @@ from labctl import ansible, clock, inventory_cache, leases, ssh, store_access
 from labctl import inventory as inventories
 from labctl import lab as labs
 from labctl.ansible import Outcome, Run, Step
-from labctl.cloud import FINISHED, META_LAB, META_REBUILD, UNFINISHED
+from labctl.cloud import FINISHED, META_HOST_KEY, META_LAB, META_REBUILD, UNFINISHED, ownership
 from labctl.cloud import keypair as keypairs
 from labctl.cloud import network as networks
 from labctl.cloud import server as servers
@@ -63,9 +63,10 @@ def provide(ctx: Context, **metadata: str) -> tuple[Server, Volume]:
     progress, cloud, lab = ctx.progress, ctx.cloud, ctx.lab
     clock.refuse_if_wrong(cloud)
     with progress.step("what is there"):
-        server, volume = find_server(ctx), volumes.find(cloud, lab.volume_name)
+        server, volume = find_server(ctx), find_volume(ctx)
         refuse_volume(ctx, volume, server)
         if ctx.retry and server is not None and never_ran(server):
+            ownership.refuse_untagged(server, lab.lab)
             discard(ctx, server)
             server = None
     leases.refuse_if_unmakeable(ctx, server)
@@ -94,7 +95,7 @@ def provide(ctx: Context, **metadata: str) -> tuple[Server, Volume]:
         step.result("requested" if created else f"exists, {server.status}")
     volume = provide_volume(ctx, volume)
     with progress.step(f"container {lab.container_name}"):
-        stores.ensure_container(cloud, lab.container_name, {META_LAB: lab.lab})
+        provide_container(ctx)
     with progress.step("server ACTIVE, with an address") as step:
         if server.status == "SHUTOFF":
             servers.start(cloud, server.id)
@@ -107,7 +108,40 @@ def provide(ctx: Context, **metadata: str) -> tuple[Server, Volume]:
         step.result(address)
     volume = attach(ctx, server, volume)
     wait_for_login(ctx, server)
+    take_over(ctx, server, volume)
     return server, volume
+
+
+def take_over(ctx: Context, server: Server, volume: Volume) -> None:
+    """Tag what this user made by hand as the lab's: only what is tagged is ever deleted. No request if all is."""
+    if not ownership.tagged(server, ctx.lab.lab) and server.address:
+        networks.claim_floating_ip(ctx.cloud, server.address, ctx.lab.lab)
+    for it, set_metadata in ((server, servers.set_metadata), (volume, volumes.set_metadata)):
+        if not ownership.tagged(it, ctx.lab.lab):
+            set_metadata(ctx.cloud, it.id, **{META_LAB: ctx.lab.lab})
+
+
+def provide_container(ctx: Context) -> None:
+    """The lab's container, made if there was none. Raises CloudRefused for one with data that isn't known as the lab's.
+
+    A container doesn't say who made it: only its tag tells.
+    """
+    lab, name = ctx.lab.lab, ctx.lab.container_name
+    container, _ = stores.ensure_container(ctx.cloud, name, {META_LAB: lab})
+    if ownership.tagged(container, lab):
+        return
+    other = container.metadata.get(META_LAB)
+    if other or container.objects:
+        raise CloudRefused(
+            f"container {name} isn't known to be this lab's, and is left alone",
+            expected=f"none, an empty one, or one that is tagged {META_LAB}={lab}",
+            found=f"{container.objects} objects, {container.bytes / 1e6:.1f} MB, "
+            + (f"of the lab {other}" if other else "without a tag"),
+            source=ctx.lab.source("object_store.container"),
+            next_step="another name in lab.yaml (object_store.container)"
+            + ("" if other else "; if it is yours: labctl adopt"),
+        )
+    stores.set_metadata(ctx.cloud, name, {META_LAB: lab})
 
 
 def refuse_volume(ctx: Context, volume: Volume | None, server: Server | None) -> None:
@@ -200,6 +234,9 @@ def converge_host(
         variables.update(block_volume_grow=True, block_volume_size_gib=volume.size_gib)
     if ctx.accept_volumes:
         variables["block_volume_accept_marker"] = ",".join(ctx.accept_volumes)
+    if known := volume.metadata.get(META_HOST_KEY):
+        # from the moment at which the role puts the volume's keys in place, also if this run is cut off there
+        ssh.trust(ctx.login(server).known_hosts, server.id, [known])
     made = store_access.renewed(ctx, server, dry=check) if not only or "rclone" in only else None
     try:
         outcome = play(ctx, server, "converge.yml", variables, made=made, **options)
@@ -210,7 +247,23 @@ def converge_host(
     if made and not check:
         servers.set_metadata(ctx.cloud, server.id, **store_access.tags(made))
         store_access.revoke(ctx, server, keep=made.id)
+    if not check:
+        remember_host_keys(ctx, server, volume, outcome.data.get("host_keys", []))
     return outcome
+
+
+def remember_host_keys(ctx: Context, server: Server, volume: Volume, keys: Sequence[str]) -> None:
+    """Put on record by which keys (`type base64`) the lab's host is known: here, and in the cloud for other machines.
+
+    No request when all is on record. An RSA key is longer than the 255 characters that metadata may have.
+    """
+    if not keys:
+        return
+    ssh.trust(ctx.login(server).known_hosts, server.id, keys, no_others=True)
+    short = sorted((key for key in keys if len(key) <= 255), key=lambda key: not key.startswith("ssh-ed25519 "))
+    for tagged, set_metadata in ((volume, volumes.set_metadata), (server, servers.set_metadata)):
+        if short and tagged.metadata.get(META_HOST_KEY) != short[0]:
+            set_metadata(ctx.cloud, tagged.id, **{META_HOST_KEY: short[0]})
 
 
 def play(
@@ -228,7 +281,7 @@ def play(
 
     `made`: a credential for the object store that the host doesn't know yet.
     """
-    volume = volume or volumes.find(ctx.cloud, ctx.lab.volume_name)
+    volume = volume or find_volume(ctx)
     tagged = replace(server, metadata={**server.metadata, **store_access.tags(made)}) if made else server
     store = inventories.object_store(ctx.cloud, tagged)
     document = inventories.document(ctx.inventory_spec, tagged, volume, store)
@@ -274,6 +327,7 @@ def rebuild(ctx: Context, *, force: bool = False, new_lease: timedelta | None = 
             f"Continuing the rebuild that made {server.name} ({server.id}); labctl down first for another."
         )
     elif server is not None:
+        ownership.refuse_untagged(server, ctx.lab.lab)
         store_access.check(ctx, None)  # what the new server needs, before the old one goes
         lease = leases.renewed(ctx, server, new_lease) if new_lease is not None else None
         release_volume(ctx, server, volume, force=force)
@@ -362,55 +416,21 @@ def delete_server(ctx: Context, server: Server) -> None:
 
 
 def down(ctx: Context, *, force: bool = False) -> None:
-    """Delete the server, give its address back, end the lease that labctl made. Volume and container stay."""
+    """Delete the server, give its address back, end the lease that labctl made. Volume and container stay.
+
+    What an earlier `down` that was cut off, or the end of a lease, has left is finished.
+    """
     server = find_server(ctx)
     if server is None:
         ctx.progress.note(f"There is no server {ctx.lab.server_name}.")
+        store_access.revoke(ctx)
     else:
-        release_volume(ctx, server, volumes.find(ctx.cloud, ctx.lab.volume_name), force=force)
+        ownership.refuse_untagged(server, ctx.lab.lab)
+        release_volume(ctx, server, find_volume(ctx), force=force)
         delete_server(ctx, server)
     leases.end(ctx)  # after the server, which it would delete without a drain
     with ctx.progress.step("floating IP"):
         networks.release_floating_ips(ctx.cloud, ctx.lab.lab)
-
-
-@dataclass(frozen=True)
-class Possessions:
-    """What `destroy` would delete, in words with sizes and counts."""
-
-    lines: tuple[str, ...]
-
-    def __bool__(self) -> bool:
-        return bool(self.lines)
-
-
-def possessions(ctx: Context) -> Possessions:
-    """Everything that `destroy` would delete."""
-    lab, lines = ctx.lab, []
-    if server := servers.find(ctx.cloud, lab.server_name):
-        lines.append(f"server {server.name} ({server.id}, {server.address or 'no address'})")
-    lines += leases.possessions(ctx)
-    if volume := volumes.find(ctx.cloud, lab.volume_name):
-        lines.append(f"volume {volume.name} ({volume.id}, {volume.size_gib} GiB) with all its data")
-    if container := stores.stat(ctx.cloud, lab.container_name):
-        size = f"{container.objects} objects, {container.bytes / 1e6:.1f} MB"
-        lines.append(f"container {container.name} ({size}) with all its data")
-    return Possessions(tuple(lines))
-
-
-def destroy(ctx: Context, *, force: bool = False) -> None:
-    """Delete the lab with all its data: server, volume, container, credential, address, security group, key pair."""
-    lab = ctx.lab
-    down(ctx, force=force)
-    if volume := volumes.find(ctx.cloud, lab.volume_name):
-        with ctx.progress.step(f"delete volume {volume.name}") as step:
-            volumes.delete(ctx.cloud, volume, step.tell)
-    with ctx.progress.step(f"delete container {lab.container_name}") as step:
-        stores.delete_container(ctx.cloud, lab.container_name, step.tell)
-    with ctx.progress.step("security group and key pair"):
-        networks.delete_groups(ctx.cloud, [ctx.security_group.name])
-        if ctx.ssh_key.exists():
-            keypairs.delete(ctx.cloud, ssh.ensure_key(ctx.ssh_key), f"labctl-{lab.lab}")
 
 
 # -- what is there -------------------------------------------------------------------------------------------------
@@ -418,12 +438,27 @@ def destroy(ctx: Context, *, force: bool = False) -> None:
 
 def find_server(ctx: Context) -> Server | None:
     """The lab's server, or None; one that is being deleted, also by the end of its lease, is waited for."""
-    return leases.outlived(ctx, servers.find(ctx.cloud, ctx.lab.server_name, ctx.progress.tell))
+    return leases.outlived(ctx, _server(ctx))
+
+
+def _server(ctx: Context) -> Server | None:
+    server = servers.find(ctx.cloud, ctx.lab.server_name, ctx.progress.tell, lab=ctx.lab.lab)
+    if server is not None:
+        ownership.refuse_others(ctx.cloud, server, ctx.lab.lab)
+    return server
+
+
+def find_volume(ctx: Context) -> Volume | None:
+    """The lab's volume, or None. Raises CloudRefused for one of its name that is somebody else's."""
+    volume = volumes.find(ctx.cloud, ctx.lab.volume_name, lab=ctx.lab.lab)
+    if volume is not None:
+        ownership.refuse_others(ctx.cloud, volume, ctx.lab.lab)
+    return volume
 
 
 def existing_server(ctx: Context) -> Server:
-    """The lab's server. Raises CloudRefused where there is none."""
-    server = servers.find(ctx.cloud, ctx.lab.server_name, ctx.progress.tell)
+    """The lab's server. Raises CloudRefused where there is none, or only somebody else's."""
+    server = _server(ctx)
     if server is None:
         raise CloudRefused(
             f"There is no server {ctx.lab.server_name}.",
@@ -435,7 +470,7 @@ def existing_server(ctx: Context) -> Server:
 
 def existing_volume(ctx: Context) -> Volume:
     """The lab's volume. Raises CloudRefused where there is none: no other volume is ever taken for it."""
-    volume = volumes.find(ctx.cloud, ctx.lab.volume_name)
+    volume = find_volume(ctx)
     if volume is None:
         raise CloudRefused(
             f"There is no volume {ctx.lab.volume_name}.",

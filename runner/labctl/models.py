@@ -44,6 +44,7 @@ class Server:
 
     `ran`: whether it was ever started; one in ERROR that wasn't found no host, say, and holds nothing. `zone` is its
     availability zone.
+    `user_id` made it, at `created` (the API's own text); `image_id` is None for one that boots from a volume.
     """
 
     id: str
@@ -57,11 +58,17 @@ class Server:
     flavor: str = ""
     ran: bool = True
     zone: str = ""
+    user_id: str = ""
+    image_id: str | None = None
+    created: str = ""
 
 
 @dataclass(frozen=True)
 class Volume:
-    """A block volume; `attached_to` is a server's id, `device` the cloud's idea of its path, `zone` where it lies."""
+    """A block volume; `attached_to` is a server's id, `device` the cloud's idea of its path, `zone` where it lies.
+
+    `user_id` made it, at `created` (the API's own text).
+    """
 
     id: str
     name: str
@@ -71,6 +78,8 @@ class Volume:
     device: str | None
     metadata: dict[str, str] = field(default_factory=dict)
     zone: str = ""
+    user_id: str = ""
+    created: str = ""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from labctl.status import ObjectStoreStatus, ServerStatus, Status, VolumeStatus
 def status(ctx: Context) -> Status:
     """The lab as it is. A host that can't be asked leaves its part unknown and says why."""
     lab, cloud = ctx.lab, ctx.cloud
-    server = servers.find(cloud, lab.server_name)
-    volume = volumes.find(cloud, lab.volume_name)
+    server = servers.find(cloud, lab.server_name, lab=lab.lab)
+    volume = volumes.find(cloud, lab.volume_name, lab=lab.lab)
     container = stores.stat(cloud, lab.container_name)
     lease = leases.of_server(cloud, server) if server else None
     found = Status(

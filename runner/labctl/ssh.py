@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,33 @@ def _ssh_keygen(*arguments: str) -> str:
     return done.stdout
 
 
+def trust(known_hosts: Path, identity: str, keys: Sequence[str], *, no_others: bool = False) -> None:
+    """Have these host keys (`type base64`) accepted for an identity; with `no_others`, only these."""
+    lines = [f"{identity} {key}" for key in keys]
+    text = known_hosts.read_text() if known_hosts.exists() else ""
+    if set(lines) <= set(text.splitlines()) and not no_others:
+        return
+    known = known_keys(known_hosts, identity) if text else []
+    if no_others and set(known) != set(keys):
+        if known:
+            _ssh_keygen("-R", identity, "-f", str(known_hosts))
+        known = []
+    missing = [line for line, key in zip(lines, keys, strict=True) if key not in known]
+    if missing:
+        known_hosts.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with os.fdopen(os.open(known_hosts, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "a") as file:
+            file.write("".join(f"{line}\n" for line in missing))
+
+
+def known_keys(known_hosts: Path, identity: str) -> list[str]:
+    """The host keys (`type base64`) on record for an identity, also where the names are hashed."""
+    done = subprocess.run(
+        ["ssh-keygen", "-F", identity, "-f", str(known_hosts)], capture_output=True, text=True, check=False
+    )
+    words = [line.split() for line in done.stdout.splitlines() if line and not line.startswith("#")]
+    return [" ".join(line[1:3]) for line in words if len(line) >= 3]
+
+
 def wait_for_login(login: Login, tell: Tell, timeout: float = LOGIN_SECONDS) -> None:
     """Wait until the server can be logged into. Raises HostUnreachable with ssh's own words after `timeout` seconds."""
     login.known_hosts.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -101,7 +129,10 @@ def wait_for_login(login: Login, tell: Tell, timeout: float = LOGIN_SECONDS) -> 
 def _unreachable(login: Login, words: str, changed_key: bool) -> HostUnreachable:
     next_step = "check that a security group lets port 22 in from here, and `labctl status`; then run the command again"
     if changed_key:
-        next_step = f"if its system was installed anew: ssh-keygen -R {login.identity} -f {login.known_hosts}"
+        next_step = (
+            "if its system was installed anew, labctl rebuild --force replaces it and brings the lab's own key back; if"
+            " nobody did that, don't log in: somebody may stand between"
+        )
     return HostUnreachable(
         f"{login.user}@{login.address} can't be logged into.",
         expected="a login with the lab's key",

@@ -50,7 +50,7 @@ def overview(ctx: Context) -> list[Listed]:
 def named(ctx: Context, name: str) -> Volume:
     """The volume of that name or id. Raises CloudRefused where there is none."""
     by_id = re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", name)
-    found = volumes.get(ctx.cloud, name) if by_id else volumes.find(ctx.cloud, name)
+    found = volumes.get(ctx.cloud, name) if by_id else volumes.find(ctx.cloud, name, lab=ctx.lab.lab)
     if found is None:
         raise CloudRefused(f"There is no volume {name}.", next_step="labctl volume list")
     return found
@@ -94,7 +94,7 @@ def detach(ctx: Context, name: str) -> Volume:
     if volume.attached_to is None:
         ctx.progress.note(f"Volume {volume.name} is attached to no server.")
         return volume
-    server = servers.find(ctx.cloud, ctx.lab.server_name, ctx.progress.tell)
+    server = servers.find(ctx.cloud, ctx.lab.server_name, ctx.progress.tell, lab=ctx.lab.lab)
     if server is None or volume.attached_to != server.id:
         raise CloudRefused(
             f"volume {volume.name} is attached to a server that isn't this lab's",
@@ -147,7 +147,7 @@ def extend(ctx: Context, name: str, size_gib: int) -> tuple[Volume, Outcome | No
     with ctx.progress.step(f"extend {volume.name}") as step:
         grown = volumes.extend(ctx.cloud, volume, size_gib, step.tell)
         step.result(f"{volume.size_gib} → {grown.size_gib} GiB" if volume.size_gib != grown.size_gib else "has it")
-    server = servers.find(ctx.cloud, ctx.lab.server_name, ctx.progress.tell)
+    server = servers.find(ctx.cloud, ctx.lab.server_name, ctx.progress.tell, lab=ctx.lab.lab)
     if not is_labs(ctx, grown):
         return grown, None
     if server is None or grown.attached_to != server.id or server.status != "ACTIVE":

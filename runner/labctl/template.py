@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 import re
+import tempfile
 from pathlib import Path
 
 from labctl import lab
@@ -70,11 +71,15 @@ def default_name() -> str:
 
 def write(path: Path, name: str, site: str) -> Path:
     """Write a lab.yaml and check it as any other. Raises ConfigError if the file exists or a value isn't allowed."""
+    return write_text(path, TEXT.format(lab=name or default_name(), site=site), "NAME or --site")
+
+
+def write_text(path: Path, text: str, source: str) -> Path:
+    """Write a lab.yaml that isn't there yet, checked as any other. Raises ConfigError as `write` does."""
     if path.exists():
         raise ConfigError(
             f"{path} exists and was left as it is.", source=str(path), next_step="edit it, or --lab OTHER labctl init"
         )
-    text = TEXT.format(lab=name or default_name(), site=site)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(text, encoding="utf-8")
     try:
@@ -85,9 +90,21 @@ def write(path: Path, name: str, site: str) -> Path:
             error.what.replace(f"{draft}", f"{path}"),
             error.expected,
             error.found,
-            "NAME or --site",
+            source,
             "labctl init --help",
         ) from None
     finally:
         draft.unlink(missing_ok=True)
     return path
+
+
+def validated(text: str, source: str) -> lab.Lab:
+    """The lab that a lab.yaml of this text describes. Raises ConfigError; nothing stays on the disk."""
+    with tempfile.TemporaryDirectory(prefix="labctl-") as folder:
+        draft = Path(folder) / "lab.yaml"
+        draft.write_text(text, encoding="utf-8")
+        try:
+            return lab.load(draft)
+        except ConfigError as error:
+            error.what, error.source = error.what.replace(f"{draft}", source), source
+            raise

@@ -115,19 +115,31 @@ def test_groups_are_made_once_and_get_back_a_rule_that_was_lost(lab: Lab) -> Non
     assert network.delete_groups(lab.cloud, [wanted[0].name]) == [wanted[0].name]
 
 
-def test_somebodys_group_is_used_if_it_does_and_left_as_it_is_if_not(lab: Lab) -> None:
+def test_a_group_of_labctls_loses_the_rule_that_somebody_added(lab: Lab) -> None:
+    net, wanted = lab.cloud.compute.network, [SecurityGroup(f"{lab.prefix}-x", (Rule(22), Rule(22)))]
+    first = network.ensure_groups(lab.cloud, wanted)
+    for wide in ({"protocol": "tcp", "port_range_min": 1, "port_range_max": 65535}, {"remote_group_id": first[0]}):
+        net.create_security_group_rule(security_group_id=first[0], direction="ingress", **wide)
+    assert network.ensure_groups(lab.cloud, wanted) == first
+    rules = list(net.security_group_rules(security_group_id=first[0]))
+    assert [(r.port_range_min, r.remote_ip_prefix) for r in rules if r.direction == "ingress"] == [(22, "0.0.0.0/0")]
+    assert [r for r in rules if r.direction == "egress"], "the server could reach nothing any more"
+    assert network.delete_groups(lab.cloud, [wanted[0].name]) == [wanted[0].name]
+
+
+def test_somebodys_group_is_used_if_it_is_what_is_needed_and_left_as_it_is_if_not(lab: Lab) -> None:
     net = lab.cloud.compute.network
     theirs = net.create_security_group(name=f"{lab.prefix}-allow-ssh", description="Enable SSH traffic on TCP port 22")
     wanted = [SecurityGroup(theirs.name, (Rule(22),))]
     ours = network.ensure_groups(lab.cloud, wanted)
     assert ours != [theirs.id], "a group that lacks the rule would leave the server unreachable"
-    assert not [r for r in net.security_group_rules(security_group_id=theirs.id) if r.direction == "ingress"]
-    net.create_security_group_rule(
-        security_group_id=theirs.id, direction="ingress", protocol="tcp", port_range_min=20, port_range_max=30
-    )
+    ssh = {"direction": "ingress", "protocol": "tcp", "port_range_min": 22, "port_range_max": 22}
+    net.create_security_group_rule(security_group_id=theirs.id, **ssh)
     assert network.ensure_groups(lab.cloud, wanted) == [theirs.id]
+    wide = net.create_security_group_rule(security_group_id=theirs.id, **{**ssh, "port_range_max": 9000})
+    assert network.ensure_groups(lab.cloud, wanted) == ours, "it would open more than lab.yaml says"
     assert network.delete_groups(lab.cloud, [theirs.name]) == [f"{theirs.name}-labctl"]
-    assert net.find_security_group(theirs.id) is not None
+    assert wide.id in [r.id for r in net.security_group_rules(security_group_id=theirs.id)]
 
 
 def test_a_group_in_use_outlives_its_deletion(lab: Lab, node: Server) -> None:
@@ -167,9 +179,23 @@ def test_a_server_gets_one_address_that_isnt_somebody_elses_and_keeps_it(lab: La
     bare = replace(shown, address=None)
     assert network.ensure_floating_ip(lab.cloud, bare, lab.name).address == first.address
 
+    # somebody's server may have got it meanwhile: python-chi takes any free address of the project
+    assert network.release_floating_ips(lab.cloud, lab.name) == []
+    net.update_ip(ip.id, port_id=None)
     assert network.release_floating_ips(lab.cloud, lab.name) == [first.address]
     assert {theirs.id, marked.id} <= {ip.id for ip in net.ips()}
     assert not next(ip for ip in net.ips() if ip.id == theirs.id).port_id
+
+
+def test_an_adopted_address_keeps_its_description_and_is_the_labs(lab: Lab) -> None:
+    net, pool = lab.cloud.compute.network, server.network_of(lab.cloud, lab.cloud.site.external_network)
+    made = net.create_ip(floating_network_id=pool, description=f"mine {lab.prefix}")
+    assert network.claim_floating_ip(lab.cloud, made.floating_ip_address, lab.name) == ""
+    assert net.get_ip(made.id).description == f"labctl:{lab.name} mine {lab.prefix}"
+    said = network.claim_floating_ip(lab.cloud, made.floating_ip_address, f"{lab.name}-other")
+    assert said and net.get_ip(made.id).description == said
+    assert network.release_floating_ips(lab.cloud, f"{lab.name}-other") == []
+    assert network.release_floating_ips(lab.cloud, lab.name) == [made.floating_ip_address]
 
 
 def test_the_inventory_is_a_constant_number_of_requests(lab: Lab, node: Server, tmp_path: Path) -> None:

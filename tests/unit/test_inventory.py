@@ -52,6 +52,7 @@ def test_the_host_gets_exactly_the_variables_of_the_contract() -> None:
         "ansible_control_path",
         *("labctl_lab", "labctl_site", "docker_user", "docker_data_mount", "docker_insecure_registries"),
         *("block_volume_id", "block_volume_mount_point", "block_volume_owner", "block_volume_lab"),
+        "block_volume_host_keys",
         *("rclone_remote", "rclone_remote_type", "rclone_auth_url", "rclone_region", "rclone_container"),
         *("rclone_mount_point", "rclone_views", "rclone_application_credential_id"),
         *("mlflow_stack_data_dir", "mlflow_stack_images", "mlflow_stack_ports", "mlflow_stack_bind_address"),

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 PROJECT = Path(os.environ.get("MOLECULE_PROJECT_DIRECTORY", Path(__file__).parents[3]))
-sys.path[:0] = [str(PROJECT / "tests")]
+sys.path[:0] = [str(PROJECT / "tests"), str(Path(__file__).parent)]
 
+import direct  # noqa: E402
 import nodes  # noqa: E402
 
 
@@ -79,6 +80,38 @@ def test_the_first_check_left_the_disk_blank(host: Any) -> None:
     """`molecule check` ran before converge: had it written, converge would have found a filesystem to adopt."""
     if node(host) == "volume-new":
         assert marker(host)["origin"] == "initialised"
+
+
+def test_a_new_host_takes_over_the_ssh_identity_that_lies_on_the_volume(host: Any) -> None:
+    name = node(host)
+    direct.install(name)
+    wanted = {"mount_point": "/mnt/block", "volume_id": nodes.inspect(name)["volumes"][0]["id"], "host_keys": True}
+
+    def shell(script: str) -> str:
+        return str(nodes.execute(name, "bash", "-c", script))
+
+    kept = shell("cd /mnt/block/.labctl/ssh && sha256sum *")
+    assert kept == shell("cd /etc/ssh && sha256sum ssh_host_*_key"), "the first host didn't leave its keys"
+    assert set(shell("stat -c '%a %U' /mnt/block/.labctl/ssh /mnt/block/.labctl/ssh/*").split("\n")) >= {
+        "700 root",
+        "600 root",
+    }
+    shell("rm /etc/ssh/ssh_host_* && ssh-keygen -A && systemctl reload ssh")  # as a new VM has them
+    said = direct.run(name, **wanted)
+    assert said["changed"] and len(said["host_keys"]) == len(said["changes"]) == len(kept.splitlines()), said
+    scanned = shell("for i in $(seq 20); do ssh-keyscan -t ed25519 localhost 2>/dev/null && break; sleep 0.5; done")
+    assert " ".join(scanned.split()[1:3]) in said["host_keys"], "sshd shows another key than the one on the volume"
+    assert kept == shell("cd /mnt/block/.labctl/ssh && sha256sum *")
+    assert direct.run(name, **wanted)["changed"] is False
+
+    # one that is no key is neither installed, which would lock everybody out, nor overwritten
+    ed = "/mnt/block/.labctl/ssh/ssh_host_ed25519_key"
+    shell(f"cp -p {ed} /root/aside && echo nonsense > {ed}")
+    said = direct.run(name, **wanted)
+    assert not said["changed"] and "isn't a usable key" in said["note"]
+    assert shell(f"cat {ed}") == "nonsense\n" and shell("sshd -t; echo $?").strip() == "0"
+    shell(f"mv /root/aside {ed}")
+    assert direct.run(name, **wanted)["changed"] is False
 
 
 def test_unmount_names_who_is_in_the_way_and_leaves_the_root_disk_closed(host: Any) -> None:

@@ -28,6 +28,10 @@ options:
   size_gib: {description: Size in GiB that the disk must have before it is grown., type: int, default: 0}
   wait: {description: Seconds to wait for the disk to appear., type: int, default: 60}
   read_limit_gib: {description: Largest disk in GiB that is read whole to prove it blank., type: int, default: 256}
+  host_keys:
+    description: Whether the server's SSH host keys are those that lie on the volume, so that a new server is known.
+    type: bool
+    default: false
 author: labctl
 attributes:
   check_mode: {support: full, description: Shows the plan.}
@@ -56,6 +60,7 @@ note: {description: What a person may want to know of it., type: str, returned: 
 changes: {description: What was done, or would be., type: list, elements: str, returned: always}
 protected: {description: Whether the bare mount point is immutable., type: bool, returned: when it could be seen}
 marker: {description: Identity that is on the volume., type: dict, returned: when there is one}
+host_keys: {description: The host's public keys., type: list, elements: str, returned: when they are kept on the volume}
 """
 
 import errno
@@ -77,6 +82,7 @@ from ansible.module_utils import (
     block_room,
     block_unmount,
     block_write,
+    host_keys,
 )
 from ansible.module_utils.basic import AnsibleModule
 
@@ -204,15 +210,26 @@ class Run:
         changes = self.pending(facts, plan)
         before, after = self.picture(facts, plan, changes)
         self.result["diff"] = {"before": before, "after": after} if changes else {"before": "", "after": ""}
-        if self.check or not changes:
-            self.result.update(changes=changes, marker=dict(facts.marker.values), **self.names(plan))
-            return
         try:
-            self.apply(facts, plan)
+            if self.check or not changes:
+                self.result.update(changes=changes, marker=dict(facts.marker.values), **self.names(plan))
+            else:
+                self.apply(facts, plan)
+            if self.params["host_keys"] and (facts.mount_point.ours or not self.check):
+                self.identity()
         except block_write.Refused as error:
             self.refuse(block_model.stop(str(error), next_step="run again; if it stays, look at the disk by hand"))
-        except (block_write.Failed, OSError) as error:
+        except (block_write.Failed, host_keys.Failed, OSError) as error:
             self.fail(str(error), next_step="see `dmesg` on the host, then run again")
+
+    def identity(self) -> None:
+        """The server's SSH host keys, which lie on the volume."""
+        kept = host_keys.bring(self.wanted.mount_point, self.check)
+        self.result.update(changes=[*self.result["changes"], *kept.changes], host_keys=list(kept.public))
+        if kept.changes:
+            self.result["diff"]["after"] += "\n".join([*kept.changes, ""])
+        if kept.note:
+            self.result["note"] = "; ".join(part for part in (self.result.get("note"), kept.note) if part)
 
     def wait_for_size(self, disk: str) -> None:
         """Wait until the disk is as large as the cloud says: a server learns of it a moment later."""
@@ -422,6 +439,8 @@ class Run:
         self.done.append(f"unmount {path}")
         if self.check:
             return
+        if self.params["host_keys"] and same and (note := host_keys.leave(path)):
+            self.result["note"] = note
         problem = block_unmount.unmount(path, device)
         if problem:
             self.done.clear()
@@ -451,6 +470,7 @@ def main() -> None:
             "size_gib": {"type": "int", "default": 0},
             "wait": {"type": "int", "default": 60},
             "read_limit_gib": {"type": "int", "default": 256},
+            "host_keys": {"type": "bool", "default": False},
         },
         required_one_of=[("volume_id", "device")],
         supports_check_mode=True,

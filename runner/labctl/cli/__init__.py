@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from labctl import __version__
-from labctl.cli import backup, lease, life, look, sandbox, use, volume
+from labctl.cli import backup, bucket, lease, life, look, sandbox, use, volume
 from labctl.cli.core import guarded, options
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 for part in (life, look, use, backup):
     app.add_typer(part.app)
 app.add_typer(volume.app, name="volume")
+app.add_typer(bucket.app, name="bucket")
 app.add_typer(lease.app, name="lease")
 app.add_typer(sandbox.app, name="sandbox")
 

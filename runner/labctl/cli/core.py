@@ -90,6 +90,25 @@ def ask(question: str) -> str:
     return sys.stdin.readline().strip()
 
 
+def whose(lab: str) -> str:
+    """Who made something, by the lab that it is tagged with."""
+    return f"made for the lab {lab}" if lab else "not made by labctl"
+
+
+def confirm_by_name(kind: str, name: str, described: str, confirmed: str) -> None:
+    """Have the name of what is to be deleted typed, unless `--confirm` gave it. Raises ConfigError otherwise."""
+    if confirmed == name:
+        return
+    err.print(f"  {described}", markup=False, highlight=False, soft_wrap=True)
+    try:
+        typed = ask(f"This deletes its data for good. Type the {kind}'s name ({name}) to go on: ")
+    except ConfigError as nobody:
+        nobody.next_step = f"labctl {kind} delete {name} --confirm {name}"
+        raise
+    if typed != name:
+        raise ConfigError(f"That is not the {kind}'s name: nothing was deleted.", next_step=f"labctl {kind} list")
+
+
 def emit(document: Any, text: str) -> None:
     """The result on stdout: as JSON with `--json`, else as text."""
     if options.as_json:

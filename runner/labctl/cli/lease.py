@@ -37,7 +37,7 @@ def show(
 
     wanted = duration(fail_under, "--fail-under") if fail_under else None
     ctx = context()
-    server = servers.find(ctx.cloud, ctx.lab.server_name)
+    server = servers.find(ctx.cloud, ctx.lab.server_name, lab=ctx.lab.lab)
     found = leases.describe(ctx, server)
     emit({"lease": found}, _text(found))
     if wanted is not None and _short(ctx, found, wanted):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from labctl.cli.core import ask, context, emit, err, options, report, summary, verified
+from labctl.cli.core import ask, confirm, context, emit, err, one_of, options, progress, report, summary, verified
 from labctl.errors import ConfigError
 
 app = typer.Typer()
@@ -115,19 +115,61 @@ def down(force: Force = False) -> None:
 
 
 @app.command()
-def destroy(force: Force = False) -> None:
+def destroy(
+    force: Force = False,
+    keep: Annotated[
+        str, typer.Option("--keep", metavar="WHAT", help="what stays: volume, container, or both: a,b")
+    ] = "",
+) -> None:
     """Delete the lab WITH ALL ITS DATA, after asking for its name. Safe to run again."""
     from labctl import backup as backups
-    from labctl import lifecycle
+    from labctl import teardown
 
+    kept = [word.strip() for word in keep.split(",") if word.strip()]
+    for word in kept:
+        one_of(teardown.KEEPABLE, word, "--keep")
     ctx = context()
-    doomed = lifecycle.possessions(ctx)
+    doomed = teardown.possessions(ctx, kept)
     for line in doomed.lines:
         err.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+    stays = " ".join(
+        part for part in (backups.what_stays(ctx), *(f"It stays: {line}." for line in doomed.stays)) if part
+    )
+    if stays:
+        err.print(stays, markup=False, highlight=False, soft_wrap=True)
     if doomed and not options.yes:
         typed = ask(f"This deletes all of it for good. Type the lab's name ({ctx.lab.lab}) to go on: ")
         if typed != ctx.lab.lab:
             raise ConfigError("That is not the lab's name: nothing was deleted.", next_step="labctl destroy")
-    stays = backups.what_stays(ctx)
-    lifecycle.destroy(ctx, force=force)
+    teardown.destroy(ctx, force=force, keep=kept)
     emit({"destroyed": list(doomed.lines), "stays": stays}, f"The lab is gone. {stays}".strip())
+
+
+@app.command()
+def adopt(
+    *,
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="the lab's name: what follows node-persist-")] = "",
+    site: Annotated[str, typer.Option(help="sandbox, chameleon, or an entry of clouds.yaml")] = "",
+    server: Annotated[str, typer.Option(metavar="NAME|ID", help="the server, if it isn't node-persist-NAME")] = "",
+    volume: Annotated[str, typer.Option(metavar="NAME|ID", help="the volume, if it isn't block-persist-NAME")] = "",
+    container: Annotated[str, typer.Option(metavar="NAME", help="the container, if it isn't object-persist-NAME")] = "",
+    ssh_key: Annotated[str, typer.Option(metavar="FILE", help="the private key that logs into the server")] = "",
+    check: Annotated[bool, typer.Option("--check", help="show the plan, change nothing")] = False,
+) -> None:
+    """Take over what you made by hand: write lab.yaml, tag it. Touches no data, restarts nothing. Safe to run again."""
+    from labctl import adopt as adoption
+    from labctl.lab import find_file
+
+    path = options.lab_file or Path("lab.yaml")
+    existing = find_file(options.lab_file) if path.is_file() else None
+    wish = adoption.Wish(name, site, server, volume, container, ssh_key)
+    plan = adoption.look(wish, existing, progress(), confirm)
+    for line in plan.lines:
+        err.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+    if not check and plan.pending and confirm("Take all of it over?"):
+        adoption.carry_out(plan, path)
+        emit(plan.as_dict(adopted=True), f"The lab {plan.lab.lab} is adopted. Next: labctl rebuild, or labctl status")
+        return
+    emit(
+        plan.as_dict(adopted=not plan.pending), "" if plan.pending else "Nothing to do: all of it is the lab's already."
+    )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from labctl.cli.core import ask, context, emit, err, options
+from labctl.cli.core import confirm_by_name, context, emit, options, whose
 from labctl.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="Block volumes of the project, and the lab's own among them.")
@@ -93,17 +93,8 @@ def volume_delete(
     ctx = context()
     volume = storage.doomed(ctx, name)
     owner = volume.metadata.get(META_LAB, "")
-    if confirmed != volume.name and not (options.yes and owner == ctx.lab.lab):
-        whose = f"made for the lab {owner}" if owner else "not made by labctl"
-        err.print(
-            f"  volume {volume.name} ({volume.id}, {volume.size_gib} GiB), {whose}", markup=False, highlight=False
-        )
-        try:
-            typed = ask(f"This deletes its data for good. Type the volume's name ({volume.name}) to go on: ")
-        except ConfigError as nobody:
-            nobody.next_step = f"labctl volume delete {volume.name} --confirm {volume.name}"
-            raise
-        if typed != volume.name:
-            raise ConfigError("That is not the volume's name: nothing was deleted.", next_step="labctl volume list")
+    text = f"volume {volume.name} ({volume.id}, {volume.size_gib} GiB), {whose(owner)}"
+    if not (options.yes and owner == ctx.lab.lab):
+        confirm_by_name("volume", volume.name, text, confirmed)
     storage.delete(ctx, volume)
     emit({"deleted": volume.id}, f"Volume {volume.name} is gone.")

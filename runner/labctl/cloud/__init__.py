@@ -20,6 +20,9 @@ META_S3_KEY = "labctl_s3_key"
 META_BACKUP_SCHEDULE, META_BACKUP_KEEP = "labctl_backup_schedule", "labctl_backup_keep"
 #: Server metadata keys with the id of the lease that the server lives in and its end (ISO 8601, UTC).
 META_LEASE, META_LEASE_ENDS = "labctl_lease_id", "labctl_lease_ends"
+#: Volume and server metadata key with the SSH host key (`type base64`) that lies on the volume; a server has it once it
+#: shows that key to who logs in. So every machine that can ask the cloud knows the lab's host.
+META_HOST_KEY = "labctl_host_key"
 #: Server metadata key that a rebuild sets on the server it makes: UNFINISHED until everything was read back.
 META_REBUILD = "labctl_rebuild"
 #: The same for a `volume extend` that had to stop the services: UNFINISHED until they run again.

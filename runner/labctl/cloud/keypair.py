@@ -57,6 +57,18 @@ def ensure(cloud: Cloud, public_key: str, prefix: str) -> str:
     return name
 
 
+def same(one: str, other: str) -> bool:
+    """Whether two lines of text are the same OpenSSH public key, whatever their comments."""
+    return one.split()[:2] == other.split()[:2] != []
+
+
+def public_key(cloud: Cloud, name: str) -> str | None:
+    """The public key of this user's pair of that name, or None: another user's pairs can't be read."""
+    with refusals(f"read the key pair {name}"):
+        found = _get(cloud, name)
+    return str(found.public_key) if found is not None else None
+
+
 def _get(cloud: Cloud, name: str) -> Any:
     try:
         return cloud.compute.compute.get_keypair(name)

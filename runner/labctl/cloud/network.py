@@ -14,9 +14,9 @@ from labctl.errors import CloudRefused
 from labctl.models import Rule, SecurityGroup, Server
 
 #: A security group whose description begins so was made by labctl: its rules are labctl's to mend.
-GROUP_MARK = "labctl"
-#: The description of a lab's floating IP: `labctl:LAB`. It is set by the request that makes the address, so an
-#: interrupted command leaves none that nobody owns.
+GROUP_MARK = "labctl: "
+#: The description of a lab's floating IP: `labctl:LAB`, and what an adopted one said before. It is set by
+#: the request that makes the address, so an interrupted command leaves none that nobody owns.
 ADDRESS_MARK = "labctl:"
 
 
@@ -29,11 +29,10 @@ class Address:
 
 
 def ensure_groups(cloud: Cloud, groups: Sequence[SecurityGroup]) -> list[str]:
-    """Makes sure that each group exists with at least its rules; returns the groups' ids in the same order.
+    """Makes sure that each group exists with its ingress rules and no others; returns their ids in the same order.
 
-    A group of that name with the rules it needs is used whoever made it (the tutorial's `allow-ssh`, say). One
-    that labctl made gets what it lacks. Somebody else's that lacks a rule is left alone: NAME-labctl is used
-    instead. One request when all is there.
+    One that labctl made is brought to that. Somebody else's of that name is used if its rules are those, and never
+    changed: else NAME-labctl is used instead. What a group lets out is left as it is. One request when all is there.
     """
     with refusals("list the security groups"):
         listed = list(cloud.compute.network.security_groups(project_id=cloud.project_id))
@@ -48,47 +47,64 @@ def _ensure_group(cloud: Cloud, wanted: SecurityGroup, by_name: dict[str, list[A
         # Sorted, so that two runs choose the same one of several.
         there = sorted(by_name.get(name, []), key=lambda group: str(group.id))
         for group in there:
-            if not missing_rules(wanted.rules, group.security_group_rules or []):
+            rules = group.security_group_rules or []
+            if not missing_rules(wanted.rules, rules) and not extra_rules(wanted.rules, rules):
                 return str(group.id)
         for group in there:
             if str(group.description or "").startswith(GROUP_MARK):
-                _add_rules(cloud, str(group.id), name, missing_rules(wanted.rules, group.security_group_rules or []))
+                rules = group.security_group_rules or []
+                # what is needed first: a login that is under way must not lose its rule for a moment
+                _add_rules(cloud, str(group.id), name, missing_rules(wanted.rules, rules))
+                _remove_rules(cloud, name, extra_rules(wanted.rules, rules))
                 return str(group.id)
         if not there:
-            description = f"{GROUP_MARK}: {wanted.description or 'ingress to ' + name}"
+            description = f"{GROUP_MARK}{wanted.description or 'ingress to ' + name}"
             with refusals(f"create security group {name}"):
                 group = cloud.compute.network.create_security_group(name=name, description=description)
             _add_rules(cloud, str(group.id), name, list(wanted.rules))
             return str(group.id)
     raise CloudRefused(
-        f"no security group {wanted.name} with the rules that are needed",
+        f"no security group {wanted.name} with the rules that are needed, and no others",
         expected=f"TCP {', '.join(f'{r.port} from {r.cidr}' for r in wanted.rules)}",
-        found=f"{wanted.name} and {wanted.name}-labctl, both made by somebody else and without them",
-        next_step=f"openstack security group rule create --protocol tcp --dst-port PORT {wanted.name}",
+        found=f"{wanted.name} and {wanted.name}-labctl, both made by somebody else and with other rules",
+        next_step=f"rename one of them: openstack security group set --name NEW {wanted.name}-labctl",
     )
 
 
 def missing_rules(wanted: Sequence[Rule], existing: Sequence[Any]) -> list[Rule]:
-    """The wanted rules that no existing rule (Neutron's dicts) covers; a wider rule covers a narrower one."""
-    return [rule for rule in wanted if not any(_covers(there, rule) for there in existing)]
+    """The wanted rules that are not among the existing ones (Neutron's dicts), each once."""
+    there = {_rule(one) for one in existing}
+    return [rule for rule in dict.fromkeys(wanted) if _key(rule) not in there]
 
 
-def _covers(there: Any, rule: Rule) -> bool:
-    if there.get("direction") != "ingress" or there.get("remote_group_id") or there.get("remote_address_group_id"):
-        return False
-    if str(there.get("protocol") or "any").lower() not in ("tcp", "6", "any", "0"):
-        return False
+def extra_rules(wanted: Sequence[Rule], existing: Sequence[Any]) -> list[Any]:
+    """The existing ingress rules (Neutron's dicts) that let more in than is wanted."""
+    keys = {_key(rule) for rule in wanted}
+    return [one for one in existing if one.get("direction") == "ingress" and _rule(one) not in keys]
+
+
+def _key(rule: Rule) -> tuple[Any, ...]:
     net = ipaddress.ip_network(rule.cidr, strict=False)
-    if there.get("ethertype", "IPv4") != f"IPv{net.version}":
-        return False
-    low, high = there.get("port_range_min"), there.get("port_range_max")
-    if low is not None and high is not None and not int(low) <= rule.port <= int(high):
-        return False
-    prefix = there.get("remote_ip_prefix")
-    if not prefix:
-        return True
-    source = ipaddress.ip_network(prefix, strict=False)
-    return source.version == net.version and net.subnet_of(source)  # type: ignore[arg-type]
+    return ("tcp", rule.port, rule.port, str(net), None, None)
+
+
+def _rule(one: Any) -> tuple[Any, ...]:
+    """What a rule of Neutron's lets in, in the form of `_key`; without a source it is any of its IP version."""
+    if one.get("direction") != "ingress":
+        return ()
+    protocol = {"6": "tcp"}.get(str(one.get("protocol")), one.get("protocol"))
+    anywhere = "::/0" if one.get("ethertype") == "IPv6" else "0.0.0.0/0"
+    source = None if one.get("remote_group_id") or one.get("remote_address_group_id") else anywhere
+    if one.get("remote_ip_prefix"):
+        source = str(ipaddress.ip_network(one["remote_ip_prefix"], strict=False))
+    return (
+        protocol,
+        one.get("port_range_min"),
+        one.get("port_range_max"),
+        source,
+        one.get("remote_group_id"),
+        one.get("remote_address_group_id"),
+    )
 
 
 def _add_rules(cloud: Cloud, group_id: str, name: str, rules: Sequence[Rule]) -> None:
@@ -111,6 +127,12 @@ def _add_rules(cloud: Cloud, group_id: str, name: str, rules: Sequence[Rule]) ->
                     raise
 
 
+def _remove_rules(cloud: Cloud, name: str, rules: Sequence[Any]) -> None:
+    for rule in rules:
+        with refusals(f"remove a rule that isn't wanted from security group {name}"):
+            cloud.compute.network.delete_security_group_rule(rule["id"], ignore_missing=True)
+
+
 def put_groups_on(cloud: Cloud, server: Server, group_ids: Sequence[str]) -> bool:
     """Adds the groups that the server's port lacks (an adopted server's, say); True if any. One request if none."""
     with refusals(f"put the security groups on server {server.name}"):
@@ -123,14 +145,19 @@ def put_groups_on(cloud: Cloud, server: Server, group_ids: Sequence[str]) -> boo
     return bool(missing)
 
 
+def groups_made(cloud: Cloud, names: Sequence[str]) -> list[Any]:
+    """The groups of these names (also NAME-labctl) that labctl made. One request."""
+    wanted = {*names, *(f"{name}-labctl" for name in names)}
+    with refusals("list the security groups"):
+        listed = list(cloud.compute.network.security_groups(project_id=cloud.project_id))
+    return [one for one in listed if one.name in wanted and str(one.description or "").startswith(GROUP_MARK)]
+
+
 def delete_groups(cloud: Cloud, names: Sequence[str]) -> list[str]:
     """Deletes the groups (also NAME-labctl) that labctl made and nothing uses; returns their names."""
-    wanted = {*names, *(f"{name}-labctl" for name in names)}
     deleted = []
-    with refusals("delete the security groups"):
-        for group in cloud.compute.network.security_groups(project_id=cloud.project_id):
-            if group.name not in wanted or not str(group.description or "").startswith(GROUP_MARK):
-                continue
+    for group in groups_made(cloud, names):
+        with refusals(f"delete security group {group.name}"):
             try:
                 cloud.compute.network.delete_security_group(group.id, ignore_missing=True)
                 deleted.append(str(group.name))
@@ -159,9 +186,9 @@ def ensure_floating_ip(cloud: Cloud, server: Server, lab: str, preferred: str | 
             return Address(str(ip.floating_ip_address), new=False)
     port = str(_port(ports, server).id)
     if preferred is not None:
-        ip = _preferred(addresses, preferred, mark)
+        ip = _preferred(addresses, preferred, lab)
     else:
-        ip = next((ip for ip in addresses if not ip.port_id and str(ip.description or "") == mark), None)
+        ip = next((ip for ip in addresses if not ip.port_id and _is_labs(ip, lab)), None)
     if ip is not None:
         with refusals(f"give {ip.floating_ip_address} to server {server.name}"):
             network.update_ip(ip.id, port_id=port)
@@ -187,14 +214,14 @@ def _port(ports: list[Any], server: Server) -> Any:
     )
 
 
-def _preferred(addresses: list[Any], preferred: str, mark: str) -> Any:
+def _preferred(addresses: list[Any], preferred: str, lab: str) -> Any:
     ip = next((ip for ip in addresses if ip.floating_ip_address == preferred), None)
     owner = str(ip.description or "") if ip is not None else ""
     if ip is None:
         found = f"not among the project's: {', '.join(str(a.floating_ip_address) for a in addresses) or 'none'}"
     elif ip.port_id:
         found = f"in use (port {ip.port_id}, {ip.fixed_ip_address})"
-    elif owner.startswith(ADDRESS_MARK) and owner != mark:
+    elif owner.startswith(ADDRESS_MARK) and not _is_labs(ip, lab):
         found = f"it belongs to the lab {owner.removeprefix(ADDRESS_MARK)}"
     else:
         return ip
@@ -207,12 +234,37 @@ def _preferred(addresses: list[Any], preferred: str, mark: str) -> Any:
     )
 
 
+def _is_labs(ip: Any, lab: str) -> bool:
+    return str(ip.description or "").partition(" ")[0] == ADDRESS_MARK + lab
+
+
+def floating_ips(cloud: Cloud, lab: str) -> list[Any]:
+    """The floating IPs that are marked as the lab's. One request."""
+    with refusals("list the floating IPs"):
+        return [ip for ip in cloud.compute.network.ips(project_id=cloud.project_id) if _is_labs(ip, lab)]
+
+
+def claim_floating_ip(cloud: Cloud, address: str, lab: str) -> str:
+    """Marks an address as the lab's, keeping what its description says; returns "" or whose it is already."""
+    with refusals(f"mark the floating IP {address} as the lab's"):
+        for ip in cloud.compute.network.ips(project_id=cloud.project_id, floating_ip_address=address):
+            said = str(ip.description or "")
+            if said.startswith(ADDRESS_MARK):
+                return "" if _is_labs(ip, lab) else said
+            cloud.compute.network.update_ip(ip.id, description=f"{ADDRESS_MARK}{lab} {said}".strip())
+    return ""
+
+
 def release_floating_ips(cloud: Cloud, lab: str) -> list[str]:
-    """Gives the addresses back that labctl made for this lab; returns them. Others' and adopted ones stay."""
+    """Gives the lab's addresses back; returns them. Others' stay, and so does one that something still uses.
+
+    python-chi gives any unused address of the project to the next server: somebody may have got this one meanwhile.
+    """
     released = []
-    with refusals("release the lab's floating IPs"):
-        for ip in cloud.compute.network.ips(project_id=cloud.project_id):
-            if str(ip.description or "") == ADDRESS_MARK + lab:
-                cloud.compute.network.delete_ip(ip.id, ignore_missing=True)
-                released.append(str(ip.floating_ip_address))
+    for ip in floating_ips(cloud, lab):
+        if ip.port_id:
+            continue
+        with refusals(f"give the floating IP {ip.floating_ip_address} back"):
+            cloud.compute.network.delete_ip(ip.id, ignore_missing=True)
+            released.append(str(ip.floating_ip_address))
     return released

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
+from labctl.cloud import META_LAB
 from labctl.cloud.refusals import refusals, status_of
 from labctl.cloud.session import Cloud
 from labctl.cloud.wait import wait_gone, wait_until
@@ -15,6 +17,8 @@ from labctl.models import Server, Tell
 ACTIVE_TIMEOUT = 600
 #: Seconds until a deleted server is gone. Usually 5 s; a hypervisor under load took minutes.
 DELETE_TIMEOUT = 300
+#: What an id of OpenStack looks like.
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 #: How often a deletion that ends in ERROR is asked for.
 DELETE_TRIES = 3
 #: Nova goes on saying ACTIVE of a server that it deletes and SHUTOFF of one that it starts: the task says more.
@@ -25,8 +29,8 @@ GONE = frozenset({"DELETED", "SOFT_DELETED"})
 ADDRESS_TIMEOUT = 60
 
 
-def find(cloud: Cloud, name: str, tell: Tell | None = None) -> Server | None:
-    """The server of that name, or None. One request.
+def find(cloud: Cloud, name: str, tell: Tell | None = None, *, lab: str = "") -> Server | None:
+    """The server of that name, or None; of several, the one that is tagged as the lab's. One request.
 
     One that is being deleted has the status DELETING; with `tell` it is waited for until it is gone, so that a new
     one can have its address and volume. Raises CloudRefused when the project has several of that name: names aren't
@@ -40,14 +44,42 @@ def find(cloud: Cloud, name: str, tell: Tell | None = None) -> Server | None:
         for deleting in [s for s in found if s.task_state == "deleting"]:
             _wait_gone(cloud, str(deleting.id), tell, DELETE_TIMEOUT)
             found.remove(deleting)
+    if lab and len(found) > 1:
+        found = [s for s in found if (s.metadata or {}).get(META_LAB) == lab] or found
     if len(found) > 1:
         raise CloudRefused(
             f"there are {len(found)} servers called {name}",
             expected="one",
             found="; ".join(f"{s.id} ({s.status}, made {s.created_at})" for s in found),
-            next_step="rename or delete the others: openstack server set --name NEW ID",
+            next_step="labctl adopt --server ID tells which is the lab's; or openstack server set --name NEW ID",
         )
     return record(found[0]) if found else None
+
+
+def called(cloud: Cloud, name_or_id: str) -> list[Server]:
+    """Every server of that name, or the one of that id. One request, or two."""
+    with refusals(f"look for server {name_or_id}"):
+        listed = cloud.compute.compute.servers(details=True, name=f"^{re.escape(name_or_id)}$")
+        found = [record(s) for s in listed if s.name == name_or_id and s.status not in GONE]
+    by_id = None if found or not UUID.fullmatch(name_or_id) else get(cloud, name_or_id)
+    return [by_id] if by_id else found
+
+
+def list_servers(cloud: Cloud) -> list[Server]:
+    """All servers of the project. One request a page."""
+    with refusals("list the servers"):
+        return [record(s) for s in cloud.compute.compute.servers(details=True) if s.status not in GONE]
+
+
+def image_name(cloud: Cloud, image_id: str) -> str:
+    """The name of an image, "" for one that was deleted since. One request."""
+    with refusals(f"read image {image_id}"):
+        try:
+            return str(cloud.compute.image.get_image(image_id).name)
+        except Exception as error:
+            if status_of(error) in (403, 404):
+                return ""
+            raise
 
 
 def names(cloud: Cloud) -> dict[str, str]:
@@ -90,6 +122,9 @@ def record(server: Any) -> Server:
         flavor=_flavor_name(server),
         ran=server.launched_at is not None,
         zone=str(server.availability_zone or ""),
+        user_id=str(server.user_id or ""),
+        image_id=str((server.image or {}).get("id") or "") or None,
+        created=str(server.created_at or ""),
     )
 
 

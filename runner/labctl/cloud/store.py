@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
+from labctl.cloud import META_LAB
 from labctl.cloud.refusals import refusals
 from labctl.cloud.session import Cloud
 from labctl.cloud.wait import wait_until
@@ -20,7 +21,7 @@ BULK = 250
 BULK_QUERY = "?bulk-delete"
 #: Seconds until a container that was emptied can be deleted: Swift's listings are eventually consistent.
 EMPTY_TIMEOUT = 120
-#: Containers with the segments of large objects: rclone and python-swiftclient name them so, and Swift's s3api.
+#: Where segments of large objects lie: rclone's and python-swiftclient's, and those of S3 uploads to a Swift.
 SEGMENTS = ("_segments", "+segments")
 
 _META = "x-container-meta-"
@@ -82,13 +83,22 @@ def object_names(cloud: Cloud, container: str, page: int = PAGE) -> Iterator[str
         marker = names[-1]
 
 
-def delete_container(cloud: Cloud, name: str, tell: Tell, *, page: int = PAGE) -> int:
-    """Deletes the container, all objects in it and its segment containers; returns how many objects went.
+def with_segments(cloud: Cloud, name: str) -> list[Container]:
+    """The container and those of its segments, as far as they are there. One request for each that may be.
 
-    There is no way back: only `destroy` calls this. 0 when there is none. Raises CloudRefused when an object can't
-    be deleted, or when the store doesn't show the container empty within EMPTY_TIMEOUT seconds.
+    A container of that name that carries the tag of any lab is a container of its own.
     """
-    return sum(_delete_one(cloud, each, tell, page) for each in (name, *(name + end for end in SEGMENTS)))
+    segments = [one for suffix in SEGMENTS if (one := stat(cloud, name + suffix)) and META_LAB not in one.metadata]
+    return [one for one in [stat(cloud, name)] if one] + segments
+
+
+def delete_container(cloud: Cloud, name: str, tell: Tell, *, page: int = PAGE) -> int:
+    """Deletes the container, all objects in it and its segments' containers; returns how many objects went.
+
+    There is no way back. 0 when there is none. Raises CloudRefused when an object can't be deleted, or when the store
+    doesn't show the container empty within EMPTY_TIMEOUT seconds.
+    """
+    return sum(_delete_one(cloud, one.name, tell, page) for one in with_segments(cloud, name))
 
 
 def _delete_one(cloud: Cloud, name: str, tell: Tell, page: int) -> int:

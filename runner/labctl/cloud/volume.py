@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any, NoReturn
 
+from labctl.cloud import META_LAB
 from labctl.cloud.refusals import refusals, status_of, words_of
+from labctl.cloud.server import UUID
 from labctl.cloud.session import Cloud
 from labctl.cloud.wait import wait_gone, wait_until
 from labctl.errors import CloudRefused
@@ -27,18 +29,32 @@ _RACES = ("status must be", "already attached to instances")
 _ZONES = re.compile(r"not in the same availability.?zone", re.IGNORECASE)
 
 
-def find(cloud: Cloud, name: str) -> Volume | None:
-    """The volume of that name, or None. One request. Raises CloudRefused listing the ids when there are several."""
+def find(cloud: Cloud, name: str, *, lab: str = "") -> Volume | None:
+    """The volume of that name, or None; of several, the one that is tagged as the lab's. One request.
+
+    Raises CloudRefused listing the ids when there are several and none, or more than one, is the lab's.
+    """
     with refusals(f"look for volume {name}"):
         found = [v for v in cloud.compute.block_storage.volumes(details=True, name=name) if v.name == name]
+    if lab and len(found) > 1:
+        found = [v for v in found if (v.metadata or {}).get(META_LAB) == lab] or found
     if len(found) > 1:
         raise CloudRefused(
             f"there are {len(found)} volumes called {name}",
             expected="one",
             found="; ".join(f"{v.id} ({v.size} GiB, {v.status}, made {v.created_at})" for v in found),
-            next_step="rename the others: openstack volume set --name NEW ID",
+            next_step="labctl adopt --volume ID tells which is the lab's; or openstack volume set --name NEW ID",
         )
     return record(found[0]) if found else None
+
+
+def called(cloud: Cloud, name_or_id: str) -> list[Volume]:
+    """Every volume of that name, or the one of that id. One request, or two."""
+    with refusals(f"look for volume {name_or_id}"):
+        listed = cloud.compute.block_storage.volumes(details=True, name=name_or_id)
+        found = [record(v) for v in listed if v.name == name_or_id]
+    by_id = None if found or not UUID.fullmatch(name_or_id) else get(cloud, name_or_id)
+    return [by_id] if by_id else found
 
 
 def list_volumes(cloud: Cloud) -> list[Volume]:
@@ -70,6 +86,8 @@ def record(volume: Any) -> Volume:
         device=attachment.get("device"),
         metadata={str(k): str(v) for k, v in (volume.metadata or {}).items()},
         zone=str(volume.availability_zone or ""),
+        user_id=str(volume.user_id or ""),
+        created=str(volume.created_at or ""),
     )
 
 
