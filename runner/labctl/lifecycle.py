@@ -423,7 +423,7 @@ def down(ctx: Context, *, force: bool = False) -> None:
     server = find_server(ctx)
     if server is None:
         ctx.progress.note(f"There is no server {ctx.lab.server_name}.")
-        store_access.revoke(ctx)
+        store_access.revoke(ctx, None)
     else:
         ownership.refuse_untagged(server, ctx.lab.lab)
         release_volume(ctx, server, find_volume(ctx), force=force)

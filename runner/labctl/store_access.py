@@ -194,15 +194,16 @@ def _remember(ctx: Context, keys: list[str]) -> None:
     stores.set_metadata(ctx.cloud, ctx.lab.container_name, {META_S3_KEY: ",".join(keys)})
 
 
-def revoke(ctx: Context, server: Server, *, keep: str = "") -> None:
+def revoke(ctx: Context, server: Server | None, *, keep: str = "") -> None:
     """Revoke what labctl made for the lab's servers, but `keep`. A login that may not is told of, and nothing stops.
 
-    What a person made stays, and is named: labctl doesn't know what else it opens.
+    What a person made stays, and is named: labctl doesn't know what else it opens. `server`: None where it is gone.
     """
     ours, keys = credentials.list_ours(ctx.cloud, ctx.lab.lab), s3_keys(ctx)
-    used = server.metadata.get(META_CREDENTIAL)
+    used = server.metadata.get(META_CREDENTIAL) if server else None
     again = ctx.store_plan.given.id if ctx.store_plan and ctx.store_plan.given else ""
-    if used and used not in (keep, again, *(one.id for one in ours), *keys) and _is_there(ctx, server, used):
+    known = (keep, again, *(one.id for one in ours), *keys)
+    if server and used and used not in known and _is_there(ctx, server, used):
         kind = "ec2 credentials" if dialect_of(server) == S3 else "application credential"
         ctx.progress.note(f"{used} wasn't made by labctl and stays: openstack {kind} delete {used}")
     for one in ours:

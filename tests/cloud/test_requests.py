@@ -16,7 +16,7 @@ import yaml
 from admin import Operator, project_of_its_own
 from conftest import CLOUD, FLAVOR, IMAGE, Lab, object_entry
 from faults import proxy
-from labctl import ansible, lifecycle, observe
+from labctl import ansible, lifecycle, observe, teardown
 from labctl import lab as labs
 from labctl.cloud import network, server, session, volume
 from labctl.context import Context
@@ -51,7 +51,7 @@ def finished(both: tuple[Operator, Lab], tmp_path_factory: pytest.TempPathFactor
         patch.setattr(ansible, "run", lambda *_: ansible.Outcome())
         lifecycle.up(context(own, folder))
         yield folder
-        lifecycle.destroy(context(own, folder), force=True)
+        teardown.destroy(context(own, folder), force=True)
 
 
 def context(own: Lab, folder: Path) -> Context:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from admin import Operator, project_of_its_own
 from conftest import FLAVOR, IMAGE, Lab, make_server
-from labctl import lifecycle, ssh
+from labctl import lifecycle, ssh, teardown
 from labctl.cloud import keypair, network, server, volume
 from labctl.context import Context
 from labctl.errors import CloudRefused, HostUnreachable, LabctlError
@@ -187,7 +187,7 @@ def test_no_valid_host_is_said_and_tried_once_more_only_on_request(own: Lab, adm
         assert made == [own_name, own_name]
         now = server.find(own.cloud, own_name)
         assert now is not None and now.status == "ACTIVE" and now.id != first.id
-        lifecycle.destroy(ctx, force=True)
+        teardown.destroy(ctx, force=True)
         assert server.find(own.cloud, own_name) is None
 
 

@@ -555,21 +555,25 @@ def stop_services(data_dir: str, project_dir: str, check: bool) -> dict[str, Any
     """Guard off, PostgreSQL stopped cleanly, containers removed; the data stays. Failed if something still runs."""
     shown = systemctl("show", "--property=ActiveState,UnitFileState", UNIT)
     guarded = "ActiveState=active" in shown or "UnitFileState=enabled" in shown
-    containers = docker.inspect("container", [*docker.SERVICES, schema.CONTAINER])
-    changed = guarded or bool(containers)
-    diff = {"before": "".join(f"{name}\n" for name in containers), "after": ""}
+    containers = _own_containers(project_dir)
+    theirs = docker.tutorials(project_dir)
+    changed = guarded or bool(containers or theirs)
+    diff = {"before": "".join(f"{name}\n" for name in [*containers, *theirs]), "after": ""}
     if not changed or check:
         return {"changed": changed, "diff": diff, "clean_shutdown": _shut_down(data_dir)}
     if guarded:
         systemctl("disable", "--now", UNIT, check=True)
     with docker.locked():
+        if theirs:
+            # stopped, not removed: they are the student's, and write to the volume all the same
+            docker.docker("stop", "--time", str(STOP_SECONDS // 2), *theirs, seconds=STOP_SECONDS)
         schema.remove_container()
         done = docker.compose(project_dir, "down", "--timeout", str(STOP_SECONDS // 2), seconds=STOP_SECONDS)
-        ours = [n for n, c in docker.inspect("container", list(containers)).items() if docker.is_ours(c, project_dir)]
+        ours = [name for name in _own_containers(project_dir) if name in containers]
         if done.returncode and ours:  # a first converge that was cut off left no .env, without which compose is lost
             docker.docker("stop", "--time", str(STOP_SECONDS // 2), *ours, seconds=STOP_SECONDS)
             done = docker.docker("rm", *ours, check=False)
-    left = docker.inspect("container", [*docker.SERVICES, schema.CONTAINER])
+    left = _own_containers(project_dir)
     if left:
         raise Failed(
             f"The services can't be stopped: {done.stderr.strip()[-800:]}",
@@ -579,6 +583,12 @@ def stop_services(data_dir: str, project_dir: str, check: bool) -> dict[str, Any
     with contextlib.suppress(FileNotFoundError):
         os.unlink(volume.MOUNT_RECORD)
     return {"changed": True, "diff": diff, "clean_shutdown": _shut_down(data_dir)}
+
+
+def _own_containers(project_dir: str) -> list[str]:
+    """The names of the role's containers that exist. Another's of such a name is left to who unmounts the volume."""
+    found = docker.inspect("container", [*docker.SERVICES, schema.CONTAINER])
+    return [name for name, one in found.items() if name == schema.CONTAINER or docker.is_ours(one, project_dir)]
 
 
 def _shut_down(data_dir: str) -> bool:

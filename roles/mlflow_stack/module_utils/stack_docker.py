@@ -170,6 +170,15 @@ def others_on(project_dir: str, directories: list[str]) -> dict[str, dict[str, A
     return found
 
 
+def tutorials(project_dir: str) -> list[str]:
+    """Names of running containers of the tutorial's compose project, which has our project's name."""
+    return [
+        name
+        for name, one in others_on(project_dir, []).items()
+        if one["State"].get("Running") and one["Config"]["Labels"].get("com.docker.compose.project") == PROJECT
+    ]
+
+
 def same_or_below(one: str, other: str) -> bool:
     """Whether one of two paths is the other or lies in it."""
     return one == other or one.startswith(f"{other.rstrip('/')}/") or other.startswith(f"{one.rstrip('/')}/")
