@@ -20,10 +20,12 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFilter
 
@@ -114,6 +116,23 @@ def server(file: Path, address: str, port: int) -> http.server.ThreadingHTTPServ
     class Handler(http.server.SimpleHTTPRequestHandler):
         def translate_path(self, path: str) -> str:
             return str(file) if path.partition("?")[0] == f"/{file.name}" else os.devnull + "/none"
+
+        def send_head(self) -> Any:
+            """As a web server does it: one range, if one is asked for."""
+            found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            path = Path(self.translate_path(self.path))
+            if not found or not path.is_file():
+                return super().send_head()
+            size = path.stat().st_size
+            start, end = int(found[1]), min(int(found[2] or size - 1), size - 1)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{end}/{size}")
+            self.send_header("Content-Length", str(end - start + 1))
+            self.send_header("Last-Modified", self.date_time_string(int(path.stat().st_mtime)))
+            self.end_headers()
+            with path.open("rb") as content:
+                content.seek(start)
+                return io.BytesIO(content.read(end - start + 1))
 
         def log_message(self, format: str, *args: object) -> None:
             pass

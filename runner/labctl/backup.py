@@ -9,19 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from labctl import __version__, lifecycle, resources
+from labctl import __version__, jobs, lifecycle, resources
 from labctl.cloud import META_BACKUP_KEEP, META_BACKUP_SCHEDULE, META_LAB
 from labctl.cloud import store as stores
 from labctl.cloud import volume as volumes
 from labctl.context import Context
-from labctl.errors import CloudRefused, ConfigError, ConvergeFailed, HostUnreachable, LabctlError, SafetyStop
+from labctl.errors import ConfigError, ConvergeFailed
 from labctl.lifecycle import Verification
 from labctl.models import Server
 
@@ -33,17 +31,6 @@ KEYS_ON_HOST = "/run/labctl-backup/keys.json"
 CHECK_TASK = "systemd understands the schedule"
 #: What a restore needs of the host; the services come up on what was restored.
 HOST_ROLES = ("block_volume", "docker", "rclone")
-#: Seconds that the server holds a question open, that ssh gets on top, and that a broken connection is tried again.
-ASK_SECONDS, SSH_SECONDS, RECONNECT_SECONDS = 5, 20, 120
-#: ssh's own exit code, for a connection that failed.
-SSH_FAILED = 255
-
-_KINDS: dict[str, type[LabctlError]] = {
-    "usage": ConfigError,
-    "refused": CloudRefused,
-    "failed": ConvergeFailed,
-    "safety_stop": SafetyStop,
-}
 
 
 @dataclass(frozen=True)
@@ -189,65 +176,11 @@ def run(ctx: Context, server: Server, arguments: Sequence[str]) -> dict[str, Any
         raise ConvergeFailed(
             f"The server is busy with: {running}.", next_step="wait for it, then run the command again"
         )
-    return follow(ctx, server, str(started["job"]), f"{arguments[0]} on {server.name}")
-
-
-def follow(ctx: Context, server: Server, job: str, title: str) -> dict[str, Any]:
-    """Wait for a job's end. The job doesn't need the connection, so one that breaks is made anew."""
-    with ctx.progress.step(title) as step:
-        seen, lost_at = -1, 0.0
-        while True:
-            ask = ["wait", "--job", job, "--seen", str(seen), "--seconds", str(ASK_SECONDS)]
-            try:
-                found = on_host(ctx, server, ["sudo", "-n", "python3", PROGRAM, *ask])
-            except HostUnreachable:
-                lost_at = lost_at or time.monotonic()
-                if time.monotonic() - lost_at > RECONNECT_SECONDS:
-                    raise
-                step.tell("the connection broke; the job goes on")
-                time.sleep(1)
-                continue
-            lost_at, seen = 0.0, found["seq"]
-            step.tell(": ".join(part for part in (found.get("step"), found.get("text")) if part))
-            if found["state"] != "running":
-                break
-        if found["state"] != "done":
-            raise error_of(found.get("error") or {})
-    for note in found.get("notes", []):
+    with ctx.progress.step(f"{arguments[0]} on {server.name}") as step:
+        ended = jobs.follow(ctx, server, PROGRAM, str(started["job"]), lambda found: step.tell(jobs.words(found)))
+    for note in ended.get("notes", []):
         ctx.progress.note(note)
-    return dict(found["result"])
-
-
-def error_of(error: Mapping[str, str]) -> LabctlError:
-    """The program's error as labctl's, with its exit code."""
-    return _KINDS.get(error.get("kind", ""), ConvergeFailed)(
-        error.get("msg", "The job failed without a message."),
-        expected=error.get("expected", ""),
-        found=error.get("found", ""),
-        next_step=error.get("next_step", "run the same command again: it continues"),
-    )
-
-
-def on_host(ctx: Context, server: Server, command: Sequence[str], data: str = "") -> Any:
-    """Run a command on the server that prints JSON; `data` goes to its standard input."""
-    try:
-        done = subprocess.run(
-            ctx.login(server).argv(*command),
-            input=data,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=ASK_SECONDS + SSH_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        raise HostUnreachable(f"{server.name} doesn't answer.", next_step="labctl status") from None
-    if done.returncode == SSH_FAILED:
-        raise HostUnreachable(
-            f"{server.name} can't be logged into.", found=done.stderr.strip(), next_step="labctl status"
-        )
-    if done.returncode:
-        raise ConvergeFailed("A command on the server failed.", detail=done.stderr.strip()[-500:])
-    return json.loads(done.stdout or "null")
+    return dict(ended["result"])
 
 
 # -- keys ----------------------------------------------------------------------------------------------------------
@@ -265,7 +198,7 @@ def key_id(key: str) -> str:
 
 def keep_key(ctx: Context, server: Server) -> Path:
     """The volume's backup key into a file (0600) of this machine; returns its path."""
-    found = on_host(ctx, server, ["sudo", "-n", "python3", PROGRAM, "key"])
+    found = jobs.on_host(ctx, server, ["sudo", "-n", "python3", PROGRAM, "key"])
     path = key_folder(ctx) / f"{found['key_id']}.key"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -288,7 +221,7 @@ def send_keys(ctx: Context, server: Server, keys: list[str]) -> None:
     """Keys to the server, through standard input into memory that only root reads; they go when the restore ends."""
     if keys:
         script = f"umask 077; mkdir -p {Path(KEYS_ON_HOST).parent}; cat > {KEYS_ON_HOST}"
-        on_host(ctx, server, ["sudo", "-n", "sh", "-c", f"'{script}'"], json.dumps(keys))
+        jobs.on_host(ctx, server, ["sudo", "-n", "sh", "-c", f"'{script}'"], json.dumps(keys))
 
 
 def _read_key(path: Path) -> str:

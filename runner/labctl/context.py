@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from labctl.store_access import Plan
 
 SERVICE_IMAGES = ("mlflow", "postgres", "s3", "jupyter")
-ETL_IMAGES = ("python", "rclone")
 #: What serves a volume that an older or newer PostgreSQL wrote; `postgres` is for new volumes.
 POSTGRES_MAJORS = ("postgres-15", "postgres-16", "postgres-17", "postgres-18")
 
@@ -101,7 +100,7 @@ class Context:
             )
         chosen = {
             name: reference
-            for name in (*SERVICE_IMAGES, *ETL_IMAGES)
+            for name in SERVICE_IMAGES
             if (reference := getattr(self.lab.images, name) or base.references.get(name))
         }
         if self.lab.images.postgres is None:  # the one that lab.yaml names is meant, and no other
@@ -160,10 +159,16 @@ class Context:
             insecure_registries=tuple(insecure),
             registry_mirrors=tuple(lab.images.registry_mirrors),
             dataset=self.dataset,
+            layout=lab.object_store.layout,
         )
 
     @property
     def dataset(self) -> dict[str, Any] | None:
         """The dataset that lab.yaml describes, or None for the role's built-in one."""
         chosen = self.lab.dataset
-        return chosen.model_dump(exclude_none=True) if isinstance(chosen, Dataset) else None
+        if not isinstance(chosen, Dataset):
+            return None
+        described = chosen.model_dump(exclude_none=True)
+        if chosen.labels and (path := Path(chosen.labels).expanduser()).is_file():
+            described["labels_text"] = path.read_text(encoding="utf-8-sig")
+        return described

@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 
 #: The group that the playbooks name as their hosts.
 GROUP = "labctl"
-#: The images that run on the volume, and those that an ETL run needs.
+#: The images that run on the volume.
 STACK_IMAGES = ("mlflow", "postgres", "s3", "jupyter", "postgres-15", "postgres-16", "postgres-17", "postgres-18")
-ETL_IMAGES = ("python", "rclone")
 #: A connection outlives a run, so that the next command of a session needs no new handshake.
 _SSH_OPTIONS = (
     *("-o", "StrictHostKeyChecking=accept-new", "-o", "IdentitiesOnly=yes", "-o", "ConnectTimeout=10"),
@@ -56,6 +55,7 @@ class InventorySpec:
     insecure_registries: tuple[str, ...] = ()
     registry_mirrors: tuple[str, ...] = ()
     dataset: Mapping[str, Any] | None = None
+    layout: str = ""
     credential_id: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -195,9 +195,9 @@ def _service_variables(spec: InventorySpec, address: str) -> dict[str, Any]:
         "mlflow_stack_allowed_hosts": [address, *(host for host in spec.allowed_hosts if host != address)],
         "mlflow_stack_s3_flavour": spec.s3_flavour,
         "mlflow_stack_object_view_parent": spec.object_view_parent,
-        "etl_images": _chosen(spec.images, ETL_IMAGES),
         "etl_container": spec.container,
         "etl_dataset": dict(spec.dataset) if spec.dataset else None,
+        "etl_layout": spec.layout,
     }
 
 

@@ -183,6 +183,7 @@ class ObjectStoreSection(Section):
     dialect: Literal["auto", "swift", "s3"] = "auto"
     credentials_file: str | None = None
     mount_point: MountPoint = "/mnt/object"
+    layout: Literal["files", "packed"] = "files"
 
 
 class AccessSection(Section):
@@ -226,13 +227,29 @@ class ImagesSection(Section):
 
 
 class Dataset(Section):
-    """A dataset to load: an archive whose files are named `<class>_<anything>` under a folder per split."""
+    """A dataset to load. One of `url` (an archive), `folder` (on the server) and `prefix` (CONTAINER/PATH, same store).
+
+    `class_rule`: where a file's class is told. `labels`: a CSV of lines `path,class`, a file beside lab.yaml or one
+    in the archive.
+    """
 
     name: LabName
-    url: str
+    url: Annotated[str, Field(pattern=r"^(https?|file)://")] | None = None
+    folder: Annotated[str, Field(pattern=r"^/")] | None = None
+    prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9]")] | None = None
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-    classes: Annotated[int, Field(ge=1, le=100000)] | None = None
+    classes: Annotated[int, Field(ge=1, le=100000)] | list[str] | None = None
     splits: list[ResourceName] | None = None
+    class_rule: Literal["prefix", "folder", "csv"] | None = None
+    labels: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Dataset:
+        if sum(value is not None for value in (self.url, self.folder, self.prefix)) != 1:
+            raise _at("dataset", "dataset needs exactly one of url, folder and prefix")
+        if (self.class_rule == "csv") != (self.labels is not None):
+            raise _at("dataset", "dataset.labels names the CSV of class_rule: csv, and goes with no other rule")
+        return self
 
 
 class Lab(Section):

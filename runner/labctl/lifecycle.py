@@ -349,11 +349,6 @@ def verify(ctx: Context, *, write: bool = True) -> Verification:
     return Verification(write, found.get("run_id", ""), found.get("artifact_sha256", ""), earlier, found)
 
 
-def etl(ctx: Context) -> Outcome:
-    """Load the lab's dataset into its container; what is there already is never deleted."""
-    return play(ctx, existing_server(ctx), "etl.yml")
-
-
 def mount(ctx: Context) -> Outcome:
     """Mount the object store on the host."""
     return play(ctx, existing_server(ctx), "mount.yml")

@@ -43,6 +43,7 @@ volume:
 object_store:
   mount_point: /mnt/object
   # container: object-persist-{lab}
+  # layout: packed        # a dataset as filesystem images: ten times as fast; files: an object an image
   # dialect: auto         # swift (application credential) or s3 (EC2 key); auto: what the site allows
   # credentials_file: app-cred-openrc.sh   # one made by hand for the server, where labctl may make none; mode 0600
 
@@ -60,7 +61,9 @@ dataset: food11           # or a set of your own:
 # dataset:
 #   name: my-set
 #   url: https://example.org/my-set.zip
-#   sha256: ...           # of the archive
+#   sha256: ...           # of the archive (zip, tar, tar.gz or tar.zst)
+#   splits: [training, evaluation]
+#   class_rule: folder    # or prefix (<number>_ before a file's name), or csv with labels: FILE
 """
 
 

@@ -56,7 +56,7 @@ def test_the_host_gets_exactly_the_variables_of_the_contract() -> None:
         *("rclone_remote", "rclone_remote_type", "rclone_auth_url", "rclone_region", "rclone_container"),
         *("rclone_mount_point", "rclone_views", "rclone_application_credential_id"),
         *("mlflow_stack_data_dir", "mlflow_stack_images", "mlflow_stack_ports", "mlflow_stack_bind_address"),
-        *("mlflow_stack_s3_flavour", "mlflow_stack_object_view_parent", "etl_images", "etl_container"),
+        *("mlflow_stack_s3_flavour", "mlflow_stack_object_view_parent", "etl_container"),
         *("mlflow_stack_allowed_hosts", "lease_guard_data_dir"),
     }
 
@@ -118,7 +118,6 @@ def test_mlflow_may_be_addressed_by_the_servers_address() -> None:
 def test_images_go_to_the_role_that_runs_them() -> None:
     host = variables()
     assert host["mlflow_stack_images"] == {"mlflow": "r/mlflow@sha256:1", "postgres": "r/pg:15"}
-    assert host["etl_images"] == {"python": "r/python@sha256:2"}
 
 
 def test_containers_see_the_object_mount_below_the_view_parent() -> None:

@@ -1,4 +1,4 @@
-"""The commands of daily use: data in, a shell, the services on this machine."""
+"""The commands of daily use: the mount, a shell, the services on this machine."""
 
 from __future__ import annotations
 
@@ -9,15 +9,6 @@ import typer
 from labctl.cli.core import context, err, one_of, report
 
 app = typer.Typer()
-
-
-@app.command()
-def etl() -> None:
-    """Load the dataset into the object store. Deletes nothing that is there. Safe to run again."""
-    from labctl import lifecycle
-
-    ctx = context()
-    report(lifecycle.etl(ctx))
 
 
 @app.command()
