@@ -48,7 +48,8 @@ def words(found: Mapping[str, Any]) -> str:
     parts = [
         _stage(name, stages[name]) for name in ("extract", "transform", "load") if stages.get(name, {}).get("bytes")
     ]
-    return "; ".join(parts) or str(found.get("step", ""))
+    step = str(found.get("step", ""))
+    return "; ".join(parts) if parts and step.startswith("extract") else step
 
 
 def _stage(name: str, stage: Mapping[str, Any]) -> str:

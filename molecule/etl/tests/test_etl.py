@@ -102,10 +102,38 @@ def test_the_secret_is_in_no_generated_file_or_inspection() -> None:
     assert secret not in seen
 
 
+def load(*arguments: str, check: bool = True) -> dict[str, Any]:
+    """The program with the settings of the last run; its last word."""
+    nodes.execute(NODE, "python3", PROGRAM, "load", "--job", "test", *arguments, check=check)
+    found: dict[str, Any] = json.loads(nodes.execute(NODE, "cat", "/run/labctl-etl/job-test.json"))
+    return found
+
+
+def small_set(path: Path, prefix: str, count: int) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for n in range(count):
+            info = zipfile.ZipInfo(f"training/10_{prefix}{n}.jpg", food11.TIMESTAMP)
+            archive.writestr(info, hashlib.sha256(f"{prefix}{n}".encode()).digest() * 100)
+
+
+@pytest.fixture
+def described(served: Any) -> Iterator[Any]:
+    """`described(file, **settings)` gives the program a dataset and settings, as the role would; undone at the end."""
+    kept = nodes.execute(NODE, "cat", "/etc/labctl/etl.json")
+
+    def give(path: Path, sha256: str = "", **more: Any) -> None:
+        document = json.loads(kept)
+        document["dataset"] |= {"name": "part", "url": served(path), "sha256": sha256}
+        nodes.execute(NODE, "tee", "/etc/labctl/etl.json", data=json.dumps({**document, **more}).encode())
+
+    yield give
+    nodes.execute(NODE, "tee", "/etc/labctl/etl.json", data=kept.encode())
+
+
 @pytest.mark.parametrize("layout", ["files", "packed"])
 @pytest.mark.parametrize("kind", ["traversal", "wrong hash", "damaged", "hostile in the middle"])
 def test_a_bad_archive_leaves_the_store_as_it_was(
-    kind: str, layout: str, tmp_path: Path, served: Any, objects: Any
+    kind: str, layout: str, tmp_path: Path, described: Any, objects: Any
 ) -> None:
     path = tmp_path / "bad.zip"
     if kind == "hostile in the middle":
@@ -129,38 +157,17 @@ def test_a_bad_archive_leaves_the_store_as_it_was(
         content[9000] ^= 1
         path.write_bytes(content)
     before = objects()
-    done = run(tmp_path, layout, url=served(path), **({"sha256": "0" * 64} if kind == "wrong hash" else {}))
-    assert done.returncode != 0
-    assert "Nothing was" in done.stdout + done.stderr
+    described(path, layout=layout, sha256="0" * 64 if kind == "wrong hash" else "")
+    assert "Nothing was loaded" in load(check=False)["error"]["msg"]
     assert objects() == before
 
 
-def load(*arguments: str, check: bool = True) -> dict[str, Any]:
-    """The program with the settings of the last run; its last word."""
-    nodes.execute(NODE, "python3", PROGRAM, "load", "--job", "test", *arguments, check=check)
-    found: dict[str, Any] = json.loads(nodes.execute(NODE, "cat", "/run/labctl-etl/job-test.json"))
-    return found
-
-
-def small_set(path: Path, prefix: str, count: int) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        for n in range(count):
-            info = zipfile.ZipInfo(f"training/10_{prefix}{n}.jpg", food11.TIMESTAMP)
-            archive.writestr(info, hashlib.sha256(f"{prefix}{n}".encode()).digest() * 100)
-
-
-@pytest.fixture
-def described(served: Any) -> Iterator[Any]:
-    """`described(file, **settings)` gives the program a dataset and settings, as the role would; undone at the end."""
-    kept = nodes.execute(NODE, "cat", "/etc/labctl/etl.json")
-
-    def give(path: Path, **more: Any) -> None:
-        document = json.loads(kept)
-        document["dataset"] |= {"name": "part", "url": served(path), "sha256": ""}
-        nodes.execute(NODE, "tee", "/etc/labctl/etl.json", data=json.dumps({**document, **more}).encode())
-
-    yield give
-    nodes.execute(NODE, "tee", "/etc/labctl/etl.json", data=kept.encode())
+def test_the_role_fails_with_the_programs_own_words(tmp_path: Path, served: Any) -> None:
+    path = tmp_path / "bad.zip"
+    path.write_text("<html>sign in</html>")
+    done = run(tmp_path, "files", url=served(path))
+    assert done.returncode != 0
+    assert "Nothing was loaded" in done.stdout + done.stderr
 
 
 def test_what_another_put_there_is_never_overwritten_or_removed(tmp_path: Path, described: Any, objects: Any) -> None:
@@ -214,11 +221,12 @@ def test_packed_holds_the_same_bytes_in_shards_and_replaces_the_files(
     cloud, container = store.connect(), json.loads((WORK / "store.json").read_text())["container"]
     manifest = json.loads(cloud.object_store.download_object(".labctl/manifest.json", container=container))
     seen = {}
+    nodes.execute(NODE, "mkdir", "/tmp/shards")
     for number, shard in enumerate(manifest["shards"]):
         data = cloud.object_store.download_object(shard["object"], container=container)
         assert hashlib.sha256(data).hexdigest() == shard["sha256"]
         (tmp_path / "shard").write_bytes(data)
-        nodes.execute(NODE, "tee", "/tmp/shard", data=data)
+        nodes.execute(NODE, "sh", "-c", "cat > /tmp/shard", data=data)
         nodes.execute(NODE, "unsquashfs", "-q", "-n", "-d", f"/tmp/shards/{number}", "/tmp/shard")
         listing = nodes.execute(NODE, "sh", "-c", f"cd /tmp/shards/{number} && find . -type f | xargs md5sum")
         seen |= {name.removeprefix("./"): md5 for md5, name in (line.split("  ") for line in listing.splitlines())}

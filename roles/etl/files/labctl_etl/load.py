@@ -164,7 +164,7 @@ def _unchanged(manifest: Mapping[str, Any], here: Settings) -> dict[str, Any]:
 
 def _told(manifest: Mapping[str, Any]) -> dict[str, Any]:
     keys = ("dataset", "layout", "version", "images", "bytes", "counts", "classes", "splits", "source")
-    return {key: manifest[key] for key in keys}
+    return {**{key: manifest[key] for key in keys}, "shards": len(manifest["shards"])}
 
 
 class _Load:
@@ -340,7 +340,7 @@ class _Load:
         self._clean(manifest, old_rows, layout, in_use)
         return {
             **_told(manifest), "changed": True, "sent": layout.sent, "sent_bytes": layout.sent_bytes,
-            "left_out": counts.left_out, "container": here.container, "shards": len(shards),
+            "left_out": counts.left_out, "container": here.container,
         }  # fmt: skip
 
     def _clean(
