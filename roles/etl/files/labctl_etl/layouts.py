@@ -106,7 +106,7 @@ class Files:
         self.rows: list[Row] = []
         self.sent = self.sent_bytes = 0
         self.moves: list[tuple[str, str]] = []
-        self.known: tuple[Shard, ...] = ()
+        self.known: dict[str, Shard] = {}
         self._store, self._job, self._load_id, self._scratch = store, job, load_id, scratch
         self._before, self._committed, self._begun = before, committed, begun
         self._batch: list[tuple[Row, bytes | str, str]] = []

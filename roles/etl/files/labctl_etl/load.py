@@ -133,12 +133,14 @@ def open_source(described: Dataset, store: Store, is_known: Callable[[dict[str, 
 
 def same_source(known: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether a source is the one that was loaded, by what is known of it without reading it."""
-    if not now or known.get("bytes") != now.get("bytes"):
-        return False
-    if now.get("sha256"):
-        return bool(known.get("sha256") == now["sha256"])
-    key = next((key for key in ("index", "etag", "modified") if now.get(key)), "")
-    return bool(key and known.get(key) == now[key])
+    identity = identity_of(now)
+    return bool(identity) and {key: known.get(key) for key in identity} == identity
+
+
+def identity_of(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """The strongest that is known of a source: its hash, its directory, or its server's word."""
+    key = next((key for key in ("sha256", "index", "etag", "modified") if fingerprint.get(key)), "")
+    return {"bytes": fingerprint.get("bytes"), key: fingerprint[key]} if key else {}
 
 
 def _whole(store: Store, found: Found) -> bool:
@@ -182,7 +184,7 @@ class _Load:
         places = self._plan(source, sorter)
         self.load_id = self._id(fingerprint)
         layout = self._layout()
-        self._announce(layout.known)
+        self._announce(layout.known.values())
         try:
             counts = self._read(source, sorter, places, layout)
             layout.finish()
@@ -223,9 +225,10 @@ class _Load:
 
     def _id(self, fingerprint: Mapping[str, Any]) -> str:
         """The same for the same source and recipe, so that a load that was cut off is found again."""
-        if not fingerprint:
+        identity = identity_of(fingerprint)
+        if not identity:
             return uuid.uuid4().hex[:16]
-        parts = [self.here.described.recipe(self.here.layout), self.here.shard_bytes, sorted(fingerprint.items())]
+        parts = [self.here.described.recipe(self.here.layout), self.here.shard_bytes, sorted(identity.items())]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def _layout(self) -> Any:
