@@ -95,6 +95,10 @@ test-slow: sandbox ## the long soak
 bench: sandbox ## build/bench.json: ping, cold and no-op converge, rebuild, and the tutorial by hand
 	$(SUDO) $(BIN)/python tests/bench/converge.py
 
+.PHONY: bench-data
+bench-data: sandbox ## build/bench-data.json: a dataset into the store and back, against the tutorial's commands
+	$(SUDO) $(BIN)/python tests/bench/data.py
+
 .PHONY: wheel
 wheel: venv ## dist/labctl-*.whl
 	$(BIN)/python -m hatchling build -t wheel

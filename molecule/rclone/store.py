@@ -59,6 +59,16 @@ def make(state: Path) -> None:
     state.write_text(json.dumps(record))
 
 
+def renew(state: Path) -> None:
+    """Another application credential in place of the one that `state` names, which ends at once."""
+    record, cloud = json.loads(state.read_text()), connect()
+    user, former = cloud.current_user_id, record["application_credential_id"]
+    made = cloud.identity.create_application_credential(user=user, name=f"{record['container']}-{uuid.uuid4().hex[:4]}")
+    record |= {"application_credential_id": made.id, "application_credential_secret": made.secret}
+    state.write_text(json.dumps(record))
+    cloud.identity.delete_application_credential(user, former)
+
+
 def remove(state: Path) -> None:
     """Remove what `state` names, and `state`; nothing to remove is no error."""
     if not state.exists():

@@ -59,10 +59,17 @@ def backups() -> dict[str, object]:
     return {"scheduled": active, "next": timer.get("NextElapseUSecRealtime", "") if active else "", "last": last}
 
 
+def object_view() -> dict[str, object]:
+    """Which set the object mount shows, and what rclone says of its work."""
+    found: dict[str, object] = json.loads(output("/usr/local/lib/labctl/object-view", "status") or "{}")
+    return found
+
+
 if __name__ == "__main__":
     found = {
         "volume": mount(sys.argv[1]),
         "object_store": mount(sys.argv[2]),
+        "object_view": object_view(),
         "services": services(),
         "backup": backups(),
     }

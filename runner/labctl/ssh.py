@@ -6,8 +6,9 @@ import json
 import os
 import socket
 import subprocess
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,22 @@ def run_python(login: Login, script: Path, *arguments: str, timeout: float = 60)
     if done.returncode == 255:  # ssh's own failures
         raise _unreachable(login, done.stderr.strip(), changed_key=False)
     raise ConvergeFailed(f"{script.name} failed on {login.address}.", detail=done.stderr.strip())
+
+
+def lines(login: Login, *command: str) -> Iterator[str]:
+    """Run a command on the server and give its output line by line, as it comes.
+
+    Raises ConvergeFailed with what it said when it fails, HostUnreachable when the connection breaks.
+    """
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(login.argv(*command), stdout=subprocess.PIPE, stderr=errors, text=True) as running:
+            yield from running.stdout or ()
+        errors.seek(0)
+        said = errors.read().strip()
+    if running.returncode == 255:  # ssh's own failures
+        raise _unreachable(login, said, changed_key=False)
+    if running.returncode:
+        raise ConvergeFailed(f"{' '.join(command)} failed on {login.address}.", detail=said)
 
 
 def replace_process(login: Login, command: list[str]) -> None:

@@ -37,11 +37,19 @@ class VolumeStatus:
 
 @dataclass(frozen=True)
 class ObjectStoreStatus:
-    """The container of the object store. `objects` is None where there is no such container."""
+    """The container of the object store. `objects` is None where there is no such container.
+
+    `layout` and `version`: what the mount shows. `transfer`: what rclone says of its work: bytes a second, bytes and
+    files fetched from the store and held in the cache, errors; None where it wasn't asked or doesn't run.
+    """
 
     container: str
     mounted: bool | None = None
     objects: int | None = None
+    layout: str = ""
+    version: str = ""
+    error: str = ""
+    transfer: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ class Status:
 
     def with_host(self, host: dict[str, Any]) -> Status:
         """The same with what `host_probe` found on the server."""
-        volume, store = host["volume"], host["object_store"]
+        volume, store, view = host["volume"], host["object_store"], host.get("object_view", {})
         return Status(
             self.lab,
             self.site,
@@ -100,7 +108,12 @@ class Status:
                     "filesystem_uuid": volume["uuid"] if volume else None,
                 }
             ),
-            ObjectStoreStatus(**{**asdict(self.object_store), "mounted": store is not None}),
+            ObjectStoreStatus(
+                self.object_store.container,
+                store is not None,
+                self.object_store.objects,
+                **{key: view[key] for key in ("layout", "version", "error", "transfer") if key in view},
+            ),
             {name: ServiceStatus(**service) for name, service in host["services"].items()},
             backup=host["backup"],
             credential=self.credential,
@@ -115,6 +128,7 @@ class Status:
             *([("lease", lease_text(server.lease_ends, datetime.now(UTC)))] if server.lease_ends else []),
             ("volume", _volume_text(volume)),
             ("object store", f"{store.container} {_count(store.objects)}, {_mounted(store.mounted)}"),
+            *([("", text)] if (text := _transfer_text(store)) else []),
         ]
         if text := credential_text(self.credential, datetime.now(UTC)):
             rows.append(("credential", text))
@@ -170,6 +184,18 @@ def _mounted(mounted: bool | None) -> str:
 
 def _count(objects: int | None) -> str:
     return "ABSENT" if objects is None else f"{objects} objects"
+
+
+def _transfer_text(store: ObjectStoreStatus) -> str:
+    """What the mount shows and does; "" where nothing is known of it."""
+    parts = [f"shown as {store.layout} {store.version}".strip()] if store.layout else []
+    if found := store.transfer:
+        parts.append(f"reading {found['bytes_per_second'] / 1e6:.1f} MB/s")
+        parts.append(f"fetched {found['fetched_files']} files ({found['fetched_bytes'] / 1e6:.1f} MB)")
+        full = ", FULL" if found["cache_full"] else ""
+        parts.append(f"cache {found['cached_files']} files ({found['cached_bytes'] / 1e6:.1f} MB{full})")
+        parts.append(f"{found['errors']} errors" + (f", last: {found['last_error']}" if found["last_error"] else ""))
+    return "; ".join([*parts, *([store.error] if store.error else [])])
 
 
 def _backup_text(backup: dict[str, Any]) -> str:

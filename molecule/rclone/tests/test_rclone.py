@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
-
-import pytest
-import testinfra
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[3] / "tests"))
 
 import nodes
+import pytest
 import store
+import testinfra
+from rclone_host import MOUNT, RAW, RECOVERY_SECONDS, VIEW, made, playbook, reader, rebooted, seconds_until
 
 testinfra_hosts = ["ansible://all"]
+__all__ = ["made", "reader"]
 
-SCENARIO = Path(__file__).parents[1]
-MOUNT, VIEW = "/mnt/object", "/srv/labctl/mnt/Food-11"
 SMALL = "training/class_01/1_2.bin"
-RECOVERY_SECONDS = 15
-IMPORT = """cd / && tar -ch bin/dash bin/cat bin/sleep bin/sha256sum \\
-  $(ldd /bin/dash /bin/cat /bin/sleep /bin/sha256sum | grep -o '/[^ ]*' | grep -v : | sed s,^/,, | sort -u) \\
-  | docker import - reader:1"""
-
-
-#: The node after its last reboot; its address may be another then.
-rebooted: dict = {}
-
-
-def playbook(name: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run one of the scenario's playbooks on the node."""
-    command = ["ansible-playbook", "-i", os.environ["MOLECULE_INVENTORY_FILE"], str(SCENARIO / name), *options]
-    if rebooted:
-        command += ["-e", f"ansible_host={rebooted['address']}"]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def reboot(host):
@@ -49,39 +24,6 @@ def reboot(host):
     rebooted["address"] = record["address"]
     rebooted["host"] = testinfra.get_host(url, ssh_identity_file=record["ssh_key"], ssh_extra_args=options)
     return rebooted["host"]
-
-
-class Made(dict):
-    """What prepare.yml made in the cloud; a failing test doesn't print it, for the secret in it."""
-
-    def __repr__(self) -> str:
-        return f"Made({self['container']})"
-
-
-@pytest.fixture(scope="module")
-def made() -> Made:
-    """What prepare.yml made in the cloud."""
-    return Made(json.loads((Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"]) / "store.json").read_text()))
-
-
-@pytest.fixture(scope="module")
-def reader(host) -> str:
-    """A running container that binds the views' parent as Jupyter does."""
-    assert host.run("sudo sh -c %s", IMPORT).rc == 0
-    bind = "type=bind,src=/srv/labctl/mnt,dst=/mnt,readonly,bind-propagation=rslave"
-    ran = host.run(f"sudo docker run -d --name reader --mount {bind} reader:1 sleep 100000")
-    assert ran.rc == 0, ran.stderr
-    return "sudo docker exec reader"
-
-
-def seconds_until(host, command: str, wanted: str) -> float:
-    """How long until command prints what is wanted; asserts that it does within twice the time allowed."""
-    begin = time.monotonic()
-    while time.monotonic() - begin < 2 * RECOVERY_SECONDS:
-        if host.run(command).stdout.strip() == wanted:
-            return time.monotonic() - begin
-        time.sleep(0.2)
-    raise AssertionError(f"{command}: {host.run(command)}")
 
 
 def test_the_mount_is_rclones_and_read_only(host):
@@ -157,7 +99,7 @@ def test_a_killed_rclone_comes_back_on_the_host_and_in_a_running_container(host,
         assert seconds_until(host, read_inside, wanted) < RECOVERY_SECONDS
         assert host.check_output("systemctl show rclone-object --property=MainPID --value") != before
     mounts = host.check_output("findmnt -rno TARGET -t fuse.rclone").split()
-    assert sorted(mounts) == [MOUNT, VIEW], "dead mounts pile up"
+    assert sorted(mounts) == [MOUNT, RAW, VIEW], "dead mounts pile up"
 
 
 def test_what_was_just_loaded_shows_after_a_reload(host, made, reader):

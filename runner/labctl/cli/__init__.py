@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from labctl import __version__
-from labctl.cli import backup, bucket, etl, lease, life, look, sandbox, use, volume
+from labctl.cli import backup, bucket, dataset, etl, lease, life, look, sandbox, use, volume
 from labctl.cli.core import guarded, options
 
 app = typer.Typer(
@@ -22,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Disposable compute and durable data for a machine-learning lab on Chameleon. Every command can be run again.",
 )
-for part in (life, look, use, etl, backup):
+for part in (life, look, use, etl, dataset, backup):
     app.add_typer(part.app)
 app.add_typer(volume.app, name="volume")
 app.add_typer(bucket.app, name="bucket")

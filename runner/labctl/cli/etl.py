@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from labctl.cli import dataset
 from labctl.cli.core import context, emit, err, one_of, options
 
 app = typer.Typer()
@@ -18,6 +19,8 @@ app.add_typer(loads, name="etl")
 
 #: Standard error, a JSON document a line.
 _JSON_EVENT = {"markup": False, "highlight": False, "soft_wrap": True}
+
+loads.command("inspect")(dataset.inspect)
 
 
 @loads.callback()

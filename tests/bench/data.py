@@ -1,0 +1,372 @@
+"""`make bench-data`: a dataset into the store and back, labctl's two layouts against the tutorial's own commands.
+
+All of it on one node, with one generated set, against the sandbox's real Swift, in one run; the order changes from
+repetition to repetition, medians count. Times are taken on the node, so neither side pays for logging in. Requests are
+counted in Swift's own log. Prints tables, writes build/bench-data.json (ratios) and build/bench-data-all.json (all).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tutorial_data as tutorial
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "molecule" / "rclone"))
+import food11
+import nodes
+import store
+
+REPOSITORY = Path(__file__).parents[2]
+
+NODE, GATEWAY = "bench-data", "172.29.0.1"
+SANDBOX = Path(os.environ.get("LABCTL_SANDBOX_STATE", "/var/lib/labctl-sandbox"))
+HOME = REPOSITORY / "build" / "bench-data"
+ETL, VIEW = "/usr/local/lib/labctl/labctl_etl", "/usr/local/lib/labctl/object-view"
+CACHE, TREE = "/var/cache/rclone-object", "/srv/bench/tree"
+READERS, DELAY_MS = 4, 10
+#: Every file once in random order by READERS processes, as a DataLoader's workers read; the hash of it all for proof.
+EPOCH = """
+import hashlib, json, os, random, sys, time
+from concurrent.futures import ProcessPoolExecutor
+root, seed = sys.argv[1], int(sys.argv[2])
+def listed():
+    return sorted(os.path.join(at, name) for split in ("training", "validation", "evaluation")
+                  for at, _, names in os.walk(os.path.join(root, split)) for name in names)
+def read(path):
+    with open(path, "rb") as file:
+        return os.path.relpath(path, root), hashlib.sha256(file.read()).hexdigest()
+if __name__ == "__main__":
+    began = time.monotonic()
+    paths = listed()
+    random.Random(seed).shuffle(paths)
+    with ProcessPoolExecutor(int(sys.argv[3])) as pool:
+        found = sorted(pool.map(read, paths, chunksize=8))
+    seconds = time.monotonic() - began
+    digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()
+    print(json.dumps({"seconds": seconds, "files": len(found), "digest": digest}))
+"""
+PLAY = """
+- hosts: all
+  become: true
+  gather_facts: true
+  gather_subset: ["!all", "!min", distribution, pkg_mgr, architecture]
+  vars: {variables}
+  roles: [docker, rclone]
+  tasks:
+    - ansible.builtin.include_role: {{name: etl, tasks_from: install}}
+"""
+
+
+def on_node(script: str, check: bool = True) -> str:
+    """Run a script on the node as root; its output."""
+    return nodes.execute(NODE, "bash", "-c", script, check=check)
+
+
+def timed(script: str) -> float:
+    """Seconds that a script takes on the node, by the node's clock."""
+    out = on_node(f"began=$(date +%s.%N); set -e; {{ {script} ; }} >/tmp/out 2>&1; echo $(date +%s.%N) $began")
+    ended, began = map(float, out.split()[-2:])
+    return ended - began
+
+
+@contextmanager
+def watched(container: str, measured: dict[str, float]) -> Iterator[None]:
+    """Peak disk (bytes of staging and cache over the start) and memory (bytes, our processes), requests to Swift."""
+    began, stop = time.time(), threading.Event()
+    probe = (
+        f"du -sxb /var/lib/docker/volumes /var/lib/labctl {CACHE} 2>/dev/null | awk '{{s+=$1}} END {{print s+0}}';"
+        " ps -eo rss=,args= | grep -E 'rclone|labctl_etl|mksquashfs|unzip|wget|transform' | grep -v grep"
+        " | awk '{s+=$1} END {print s*1024}'"
+    )
+
+    def look() -> None:
+        start = None
+        while not stop.wait(0.3):
+            values = [float(word) for word in on_node(probe, check=False).split()]
+            if len(values) == 2:
+                start = values[0] if start is None else start
+                measured["disk"] = max(measured.get("disk", 0), values[0] - start)
+                measured["memory"] = max(measured.get("memory", 0), values[1])
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        watcher.join()
+        time.sleep(1)  # the log is written a moment later
+        measured["requests"] = requests(container, began)
+
+
+def requests(container: str, since: float) -> int:
+    """Requests for a container that the sandbox's Swift has answered since then."""
+    log = subprocess.run(
+        ["docker", "exec", "labctl-sandbox", "journalctl", "-u", "swift-proxy", "--no-pager", "-o", "cat",
+         f"--since=@{since:.0f}"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    return len(re.findall(rf"/{re.escape(container)}[/ ?%]", log))
+
+
+# -- the two sides -------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """The node, its container, and the set on an HTTP server."""
+
+    def __init__(self, url: str, container: str, images: dict[str, str], roles: str) -> None:
+        self.url, self.container, self.images, self.roles = url, container, images, roles
+        self.rclone = "rclone --config /etc/rclone/rclone.conf"
+        self.settings = json.loads(on_node("cat /etc/labctl/etl.json"))
+
+    def emptied(self) -> None:
+        """An empty container, and a mount that knows it; the sets of other runs are no run's business."""
+        on_node(
+            f"{VIEW} clear >/dev/null; systemctl stop rclone-object; rm -rf {CACHE}/vfs {CACHE}/vfsMeta;"
+            f" {self.rclone} delete --rmdirs chi_tacc:{self.container} --transfers 32; systemctl start rclone-object"
+        )
+
+    def describe(self, **source: str) -> None:
+        """What labctl's program loads next: a folder or a URL."""
+        dataset = {**self.settings["dataset"], "url": "", "folder": "", **source}
+        dataset["rule"] = "folder" if source.get("folder") else "prefix"
+        nodes.execute(NODE, "tee", "/etc/labctl/etl.json",
+                      data=json.dumps({**self.settings, "dataset": dataset}).encode())  # fmt: skip
+
+    def labctl(self, layout: str) -> str:
+        """The command that loads what is described."""
+        return f"python3 {ETL} load --layout {layout}"
+
+    def load(self, side: str) -> float:
+        """Seconds that the finished tree on the node's disk takes into the container."""
+        self.emptied()
+        if side == "tutorial":
+            return timed(tutorial.load(self.images["rclone"], TREE, self.container))
+        self.describe(folder=TREE)
+        return timed(self.labctl(side))
+
+    def etl(self, side: str) -> dict[str, float]:
+        """From the archive's URL to a set in the container: seconds, peaks, requests."""
+        self.emptied()
+        measured: dict[str, float] = {}
+        with watched(self.container, measured):
+            if side == "tutorial":
+                measured["seconds"] = timed("cd /srv/bench && " + tutorial.etl())
+            else:
+                self.describe(url=self.url)
+                measured["seconds"] = timed(self.labctl(side))
+        return measured
+
+    def passes(self, side: str, seed: int) -> dict[str, Any]:
+        """A first and a second pass over what is in the container. The first begins with the mount, nothing cached."""
+        clear = f"systemctl stop rclone-object; rm -rf {CACHE}/vfs {CACHE}/vfsMeta"
+        start = tutorial.mount(self.container) if side == "tutorial" else "systemctl start rclone-object"
+        place = tutorial.MOUNT if side == "tutorial" else "/mnt/object"
+        on_node(clear)
+        first: dict[str, Any] = {}
+        try:
+            with watched(self.container, first):
+                mounting = timed(start)
+                first |= epoch(place, seed)
+                first["seconds"] += mounting
+            second = epoch(place, seed + 1)
+        finally:
+            if side == "tutorial":
+                on_node(tutorial.unmount())
+        return {"first": first, "second": second}
+
+    def unchanged(self, side: str) -> float:
+        """Requests of a second load of the same."""
+        measured: dict[str, float] = {}
+        with watched(self.container, measured):
+            timed(tutorial.load(self.images["rclone"], TREE, self.container, keep=True)
+                  if side == "tutorial" else self.labctl(side))  # fmt: skip
+        return measured["requests"]
+
+
+def epoch(place: str, seed: int) -> dict[str, Any]:
+    """Every file once, in random order: seconds, files, digest of all contents."""
+    found: dict[str, Any] = json.loads(on_node(f"python3 /srv/bench/epoch.py {place} {seed} {READERS}"))
+    return found
+
+
+# -- the run -------------------------------------------------------------------------------------------------------
+
+
+def measure(bench: Bench, repetitions: int) -> dict[str, Any]:
+    """All of it, side by side. {measure: {side: [values]}}."""
+    found: dict[str, dict[str, list[Any]]] = {}
+
+    def note(measure_: str, side: str, value: Any) -> None:
+        found.setdefault(measure_, {}).setdefault(side, []).append(value)
+        print(f"  {measure_:<12} {side:<9} {value if isinstance(value, float) else json.dumps(value)}", flush=True)
+
+    digests = {epoch(TREE, 0)["digest"]}
+    for number in range(repetitions):
+        sides = ["tutorial", "files", "packed"]
+        for side in sides[number % 3 :] + sides[: number % 3]:
+            note("load", side, round(bench.load(side), 3))
+            both = bench.passes(side, number)
+            digests |= {both["first"]["digest"], both["second"]["digest"]}
+            note("first", side, both["first"])
+            note("second", side, both["second"])
+            note("etl", side, bench.etl(side))
+            note("unchanged", side, bench.unchanged(side))
+        note("second", "disk", epoch(TREE, 100 + number))
+    if len(digests) != 1:
+        raise SystemExit(f"the contents differ between layouts: {digests}")
+    print("every file read through every mount has the hash that it has on the disk")
+    return found
+
+
+def delayed(bench: Bench) -> dict[str, Any] | None:
+    """Load and first pass with DELAY_MS between node and store; None where the kernel has no netem."""
+    if subprocess.run(
+        ["docker", "exec", nodes.container_name(NODE), "tc", "qdisc", "add", "dev", "eth0", "root", "netem", "delay",
+         f"{DELAY_MS}ms"], check=False, capture_output=True,
+    ).returncode:  # fmt: skip
+        return None
+    try:
+        found = {}
+        for side in ("tutorial", "files", "packed"):
+            seconds = bench.load(side)
+            both = bench.passes(side, 7)
+            found[side] = {"load": seconds, "first": both["first"]["seconds"], "second": both["second"]["seconds"]}
+            print(f"  {DELAY_MS} ms delay  {side:<9} {json.dumps(found[side])}", flush=True)
+        return found
+    finally:
+        on_node("tc qdisc del dev eth0 root")
+
+
+def middle(values: list[Any], key: str = "") -> float:
+    """The median, of a key of each."""
+    return statistics.median(float(value[key] if key else value) for value in values)
+
+
+def ratios(found: dict[str, Any]) -> dict[str, float]:
+    """What issue 5 asks for: labctl against the tutorial, higher is better but for the last two."""
+
+    def times(measure_: str, side: str, key: str = "") -> float:
+        return middle(found[measure_]["tutorial"], key) / middle(found[measure_][side], key)
+
+    document = {
+        "load_packed_x": times("load", "packed"),
+        "load_files_x": times("load", "files"),
+        "first_pass_packed_x": times("first", "packed", "seconds"),
+        "first_pass_files_x": times("first", "files", "seconds"),
+        "second_pass_vs_disk": middle(found["second"]["disk"], "seconds")
+        / middle(found["second"]["packed"], "seconds"),
+        "etl_files_x": times("etl", "files", "seconds"),
+        "etl_packed_x": times("etl", "packed", "seconds"),
+        "peak_disk_ratio": middle(found["etl"]["files"], "disk") / middle(found["etl"]["tutorial"], "disk"),
+        "unchanged_requests": max(middle(found["unchanged"][side]) for side in ("files", "packed")),
+    }
+    return {key: round(value, 3) for key, value in document.items()}
+
+
+def table(found: dict[str, Any]) -> str:
+    """Medians, a measure a row."""
+    rows = [("load", "", "s"), ("first", "seconds", "s"), ("first", "requests", ""), ("second", "seconds", "s"),
+            ("etl", "seconds", "s"), ("etl", "disk", "MB"), ("etl", "memory", "MB"), ("etl", "requests", ""),
+            ("unchanged", "", "requests")]  # fmt: skip
+    lines = [f"{'':<22}" + "".join(f"{side:>12}" for side in ("tutorial", "files", "packed", "disk"))]
+    for measure_, key, unit in rows:
+        cells = []
+        for side in ("tutorial", "files", "packed", "disk"):
+            values = found[measure_].get(side)
+            value = middle(values, key) / (1e6 if unit == "MB" else 1) if values else None
+            cells.append(f"{value:12.2f}" if value is not None else f"{'':>12}")
+        lines.append(f"{measure_ + ' ' + key:<15}{unit:<7}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def prepared(archive: Path, url: str, roles: str) -> Bench:
+    """The node with everything installed on it, the set's tree on its disk, the images pulled."""
+    record = nodes.create(NODE)
+    made = HOME / "store.json"
+    store.make(made)
+    known = json.loads(made.read_text())
+    sandbox = json.loads((SANDBOX / "images.json").read_text())
+    images = {name: sandbox["images"][name] for name in ("python", "rclone")}
+    variables = {
+        "docker_insecure_registries": [one for one in [sandbox["registry"]] if one],
+        "rclone_auth_url": known["auth_url"], "rclone_region": known["region"], "rclone_container": known["container"],
+        "rclone_application_credential_id": known["application_credential_id"], "etl_container": known["container"],
+        "etl_dataset": {"name": "food11", "url": url},
+    }  # fmt: skip
+    (HOME / "play.yml").write_text(PLAY.format(variables=json.dumps(variables)))
+    (HOME / "inventory").write_text(
+        f"{NODE} ansible_host={record['address']} ansible_user=cc ansible_ssh_private_key_file={record['ssh_key']}"
+        " ansible_ssh_common_args='-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null'\n"
+    )
+    secret = HOME / "secret.json"
+    secret.touch(mode=0o600)
+    secret.write_text(json.dumps({"rclone_application_credential_secret": known["application_credential_secret"]}))
+    command = ["ansible-playbook", "-i", HOME / "inventory", HOME / "play.yml", "-e", f"@{secret}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False,
+                          env={**os.environ, "ANSIBLE_ROLES_PATH": roles, "ANSIBLE_PIPELINING": "1"})  # fmt: skip
+    if done.returncode:
+        raise SystemExit(done.stdout[-4000:])
+    on_node(f"mkdir -p /srv/bench; apt-get install -y -q unzip >/dev/null; docker pull -q {images['python']};"
+            f" docker pull -q {images['rclone']}; cp /home/cc/.config/rclone/rclone.conf /srv/bench/")  # fmt: skip
+    nodes.execute(NODE, "tee", "/srv/bench/epoch.py", data=EPOCH.encode())
+    compose = tutorial.compose(url, archive.name, known["container"], images)
+    nodes.execute(NODE, "tee", "/srv/bench/docker-compose-etl.yaml", data=compose.encode())
+    nodes.execute(NODE, "python3", "-", url, TREE, data=tutorial.UNPACK.encode())
+    return Bench(url, known["container"], images, roles)
+
+
+def main() -> int:
+    """Run everything, clean up, report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--pixels", type=int, default=300, help="width and height; the real set's are about 512")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--roles", default=str(REPOSITORY / "roles"))
+    chosen = parser.parse_args()
+    HOME.mkdir(parents=True, exist_ok=True)
+    archive = HOME / "Food-11.zip"
+    print(food11.make(archive, chosen.images, chosen.pixels), flush=True)
+    server = food11.server(archive, GATEWAY, 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        bench = prepared(archive, f"http://{GATEWAY}:{server.server_address[1]}/{archive.name}", chosen.roles)
+        found = measure(bench, chosen.repetitions)
+        slow = delayed(bench)
+    finally:
+        nodes.destroy(NODE)
+        store.remove(HOME / "store.json")
+        for name in ("secret.json", "Food-11.zip"):
+            (HOME / name).unlink(missing_ok=True)
+        server.shutdown()
+    document = ratios(found)
+    build = REPOSITORY / "build"
+    (build / "bench-data.json").write_text(json.dumps(document, indent=2) + "\n")
+    (build / "bench-data-all.json").write_text(json.dumps({**found, "delayed": slow}, indent=1) + "\n")
+    print(table(found))
+    print("\n".join(f"{key:<22} {value:10.2f}" for key, value in document.items()))
+    if slow is None:
+        print("netem: this kernel hasn't it, so nothing was measured with a delay")
+    else:
+        for side in ("files", "packed"):
+            parts = [f"{what}_{side}_x {slow['tutorial'][what] / slow[side][what]:.1f}" for what in ("load", "first")]
+            print(f"with {DELAY_MS} ms: {', '.join(parts)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
