@@ -104,11 +104,11 @@ def sweep(lab: Lab) -> None:
 
 def _sweep_compute(lab: Lab) -> Iterator[Callable[[], object]]:
     cloud, told = lab.cloud, Told()
-    servers = [s for s in cloud.compute.compute.servers() if str(s.name).startswith(lab.prefix)]
+    servers = [s for s in cloud.compute.compute.servers() if lab.prefix in str(s.name)]
     for wait in (False, True):  # all go at the same time
         for each in servers:
             yield partial(server.delete, cloud, each.id, told, wait=wait)
-    for left in [v for v in volume.list_volumes(cloud) if v.name.startswith(lab.prefix)]:
+    for left in [v for v in volume.list_volumes(cloud) if lab.prefix in v.name]:
         yield partial(volume.wait_status, cloud, left.id, "available", told, 60)
         yield partial(volume.delete, cloud, left, told)
     for each in [k for k in cloud.compute.compute.keypairs() if str(k.name).startswith(lab.prefix)]:
@@ -119,13 +119,13 @@ def _sweep_network(lab: Lab) -> Iterator[Callable[[], object]]:
     net, project = lab.cloud.compute.network, lab.cloud.project_id
     for each in [ip for ip in net.ips(project_id=project) if lab.prefix in str(ip.description or "")]:
         yield partial(net.delete_ip, each.id)
-    for each in [g for g in net.security_groups(project_id=project) if str(g.name).startswith(lab.prefix)]:
+    for each in [g for g in net.security_groups(project_id=project) if lab.prefix in str(g.name)]:
         yield partial(net.delete_security_group, each.id)
 
 
 def _sweep_store(lab: Lab) -> Iterator[Callable[[], object]]:
     for container in store.list_containers(lab.cloud):
-        if container.name.startswith(lab.prefix):
+        if lab.prefix in container.name:
             yield partial(store.delete_container, lab.cloud, container.name, Told())
     for ours in credential.list_ours(lab.cloud, lab.name):
         yield partial(credential.delete, lab.cloud, ours.id)
