@@ -23,11 +23,13 @@ PROGRAM = "/usr/local/lib/labctl/labctl_backup"
 WORK = Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"])
 PROBE = PROJECT / "roles" / "mlflow_stack" / "files" / "probe.py"
 #: Ends the process and all that it started, as a power cut would, at the first word of progress in which it wasn't
-#: ended before; so that repeating a command goes through all of its steps.
+#: ended before; so that repeating a command goes through all of its steps. What is larger than a batch goes alone, past
+#: the staging folder: with batches of 1 MiB that is some of the objects here.
 KILLER = """
 import os, re, signal, sys
 sys.path.insert(0, "/usr/local/lib/labctl")
-from labctl_backup import job
+from labctl_backup import job, send
+send.BATCH_BYTES = 1 << 20
 with open("/root/killed", "a+") as handle:
     handle.seek(0)
     known = handle.read().splitlines()

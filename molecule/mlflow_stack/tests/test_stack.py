@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -297,6 +298,70 @@ def test_the_node_rebooted_without_its_volume() -> None:
     finally:
         shell("cp /root/fstab /etc/fstab; systemctl daemon-reload; mount /mnt/block || mount " + source + " /mnt/block")
     wait_healthy()
+
+
+# -- a new volume ----------------------------------------------------------------------------------------------------
+
+
+def cut_off_at(step: str) -> str:
+    """A program for the node: the module and the stores die once PostgreSQL's making is seen to be at the step."""
+    return f"""
+import os, pathlib, signal, subprocess, time
+cluster = pathlib.Path('/mnt/block/postgres_data')
+SIGNS = {{
+    'files': lambda words: any(w.startswith('initdb') for w in words) and not (cluster / 'PG_VERSION').exists(),
+    'cluster': lambda words: (cluster / 'PG_VERSION').exists() and any('--boot' in w for w in words),
+    'database': lambda words: (cluster / 'global/pg_control').exists() and any('pg_ctl' in w for w in words),
+}}
+def processes():
+    for pid in filter(str.isdigit, os.listdir('/proc')):
+        try:
+            yield int(pid), open(f'/proc/{{pid}}/cmdline').read().replace(chr(0), ' ')
+        except OSError:
+            continue
+end = time.monotonic() + 200
+while time.monotonic() < end:
+    table = dict(processes())
+    if SIGNS[{step!r}](list(table.values())):
+        compose = [pid for pid, words in table.items() if words.startswith('docker compose')]
+        modules = [int(open(f'/proc/{{pid}}/stat').read().rpartition(')')[2].split()[1]) for pid in compose]
+        for pid in modules + compose:
+            os.kill(pid, signal.SIGKILL)
+        subprocess.run(['docker', 'kill', 'postgres', 's3'], check=False)
+        raise SystemExit(0 if modules else 'no module was at work')
+raise SystemExit('the step never came')
+"""
+
+
+def test_a_first_start_that_is_cut_off_is_begun_anew(play: Play) -> None:
+    """Each run meets what the one before left: files, a cluster without its database, a complete one."""
+    assert play("stop").ok
+    shell(
+        "cd /mnt/block && mkdir kept && mv postgres_data minio_data workspace .labctl kept/ && mkdir -m 0700 .labctl"
+        ' && python3 -c \'import json; m = json.load(open("kept/.labctl/volume.json")); del m["stack"];'
+        ' json.dump(m, open(".labctl/volume.json", "w"))\''
+    )
+    for step in ("files", "cluster", "database"):
+        node = ["docker", "exec", "-i", nodes.container_name(NODE), "python3", "-u", "-c", cut_off_at(step)]
+        with subprocess.Popen(node) as killer:
+            assert not play("main").ok
+            assert killer.wait() == 0, step
+        assert shell("test -e /mnt/block/.labctl/first-start.json && echo noted").strip() == "noted"
+    assert play("main").ok
+    assert play("verify").ok
+    assert shell("test -e /mnt/block/.labctl/first-start.json || echo ended").strip() == "ended"
+    assert "postgres_data.unfinished-" in shell("ls /mnt/block"), "nothing on a volume is deleted"
+    # Without the note the same remains are somebody's data.
+    assert play("stop").ok
+    shell("mv /mnt/block/postgres_data.unfinished-* /mnt/block/kept/ && rm -r /mnt/block/postgres_data/PG_VERSION")
+    refused = play("main")
+    assert refused.failure["safety_stop"] is True
+    shell(
+        "cd /mnt/block && rm -r postgres_data minio_data workspace .labctl"
+        " && mv kept/postgres_data kept/minio_data kept/workspace kept/.labctl . && rm -r kept"
+    )
+    assert play("main").ok
+    assert play("verify", mlflow_stack_verify_write=False).ok
 
 
 # -- taken down (data that doesn't fit: test_tutorial.py) ------------------------------------------------------------

@@ -1,7 +1,8 @@
 """A volume that was really made by the tutorial's steps: what is lost if one of these fails is a student's old runs.
 
-Two such volumes are made with real servers of the time (MLflow 2.20.2, MinIO, PostgreSQL 15 and 17), the second with
-credentials of its own and its tree given to cc. The tests run in order; each says what it finds and leaves behind.
+Such volumes are made with real servers of the time (MLflow 2.20.2, MinIO, PostgreSQL 15, 16 and 18, each with its data
+in another place), one with credentials of its own and its tree given to cc. The tests run in order; each says what it
+finds and leaves behind.
 """
 
 from __future__ import annotations
@@ -160,17 +161,13 @@ def volumes(play_once: Play) -> Iterator[dict[str, Any]]:
     )
     nodes.execute(NODE, "tee", "/home/cc/docker-compose-block.yaml", data=(TUTORIAL / "compose.yml").read_bytes())
     logged = {}
-    postgres = IMAGES["images"]["postgres"]
-    compose("up -d", postgres, **OWN)
+    # From version 18 on the official image wants the folder above, and keeps the data in 18/docker there.
+    newest = {"postgres": optional_image("postgres-18"), "POSTGRES_TARGET": "/var/lib/postgresql", **OWN}
+    compose("up -d", **newest)
     logged["own"] = log_runs()
-    compose("down", postgres, **OWN)
+    compose("down", **newest)
     # The README of 2025: the volume belongs to cc.
     shell(f"chown -R cc {BLOCK} && mkdir /root/own && cp -a {BLOCK}/*_data /root/own/ && rm -r {BLOCK}/*_data/*")
-    # Its database lies where the official images put theirs from version 18 on.
-    shell(
-        "cd /root/own && mv postgres_data docker && install -d -o 1000 -g 999 postgres_data postgres_data/17"
-        " && mv docker postgres_data/17/"
-    )
     shell(f"rm -rf {BLOCK}/minio_data/.minio.sys && sudo -u cc ls -A {BLOCK}/minio_data")
     compose("up -d", optional_image("postgres-15"))
     logged["plain"] = log_runs()
@@ -414,11 +411,11 @@ def test_the_same_command_ends_what_the_kills_left(volumes: dict[str, Any], play
     assert shell(f"ls {BLOCK}/.labctl").split() == ["dumps", "secrets", "volume.json"]
     assert not [name for name in shell(f"ls {BLOCK}/.labctl/dumps").split() if not name.endswith(".dump")]
     assert marker()["stack"]["mlflow_schema"] == NEW_REVISION
-    assert marker()["stack"]["postgres_dir"] == "postgres_data/17/docker"
+    assert marker()["stack"]["postgres_dir"] == "postgres_data/18/docker"
+    assert marker()["stack"]["postgres_major"] == "18"
     assert_all_there(volumes["own"])
-    assert {row.split()[0] for path, row in owners().items() if path.startswith(f"{BLOCK}/postgres_data")} == {
-        "1000:999"
-    }
+    cluster = f"{BLOCK}/postgres_data/18/docker"
+    assert {row.split()[0] for path, row in owners().items() if path.startswith(cluster)} == {"1000:999"}
     assert play("main").changed == 0
 
 
@@ -439,3 +436,21 @@ def test_a_full_volume_is_told_and_the_services_recover_once_there_is_room(volum
         assert time.monotonic() < deadline, verified.output
     assert_all_there(volumes["own"])
     assert play("main").ok
+
+
+# -- another version, in the third place ------------------------------------------------------------------------------
+
+
+def test_a_database_of_postgresql_16_in_its_folder_data_is_adopted_too(play: Play) -> None:
+    assert play("stop").ok
+    bare_host()
+    shell(f"rm -rf {BLOCK}/minio_data/.minio.sys {BLOCK}/*_data/* {BLOCK}/workspace {BLOCK}/.labctl")
+    made = {"postgres": optional_image("postgres-16"), "POSTGRES_TARGET": "/var/lib/postgresql"}
+    compose("up -d", **made)
+    logged = log_runs()
+    compose("down", **made)
+    assert mark(play).ok
+    adopted = play("main")
+    assert adopted.ok, adopted.output
+    assert (marker()["stack"]["postgres_major"], marker()["stack"]["postgres_dir"]) == ("16", "postgres_data/data")
+    assert_all_there(logged)

@@ -13,6 +13,7 @@ from typing import Any
 
 from ansible.module_utils import stack_adopt as adopt
 from ansible.module_utils import stack_docker as docker
+from ansible.module_utils import stack_first as first
 from ansible.module_utils import stack_marker as marker
 from ansible.module_utils import stack_schema as schema
 from ansible.module_utils import stack_secrets as keys
@@ -75,6 +76,12 @@ class Converge:
         images = self._images(state)
         if images is None:
             return self._result("images are missing", "images pulled, services started")
+        if remains := first.without_content(state, self.params["s3_flavour"]):
+            if self.check:
+                return self._result("a first start was cut off", "services started anew")
+            self._forget_stores()
+            self.changes += first.put_aside(self.data_dir, remains)
+            state = self._read_volume()
         plan = decide(state, Wanted(self.data_dir, self._postgres_major(images), self.params["s3_flavour"]))
         self._room(state)
         if plan.adopt and not self._adopt(plan, state):
@@ -83,7 +90,7 @@ class Converge:
         jupyter = self._jupyter_image(images)
         environment = self._environment(plan, jupyter, self.secrets_dir)
         current = self._up_to_date(images, environment)
-        upgrade = None if current or self.check else self._settle_schema(plan, images, environment)
+        upgrade = None if current or self.check else self._settle_stores(plan, state, images, environment)
         self._write(os.path.join(self.project_dir, ".env"), environment)
         if not current:
             self._up(upgrade)
@@ -327,14 +334,44 @@ class Converge:
         database = schema.Database(self.secrets["postgres_user"], self.secrets["postgres_database"])
         return schema.Upgrade(self.data_dir, database, self.params["upgrade_timeout"], self.changes)
 
-    def _settle_schema(self, plan: Plan, images: dict[str, dict[str, Any]], environment: str) -> schema.Upgrade | None:
-        """Bring the database to the schema of the MLflow image before that runs; the upgrade if one is unfinished.
-
-        PostgreSQL and the S3 server are up afterwards. A new database needs nothing: MLflow makes its tables.
-        """
+    def _settle_stores(
+        self, plan: Plan, state: VolumeState, images: dict[str, dict[str, Any]], environment: str
+    ) -> schema.Upgrade | None:
+        """PostgreSQL and the S3 server up, with a database that fits MLflow; the upgrade if one is unfinished."""
         self._refuse_others(plan)
-        if plan.new_cluster:
+        if plan.new_cluster or state.first_start:
+            self._first_start(plan, environment)
             return None
+        return self._settle_schema(images, environment)
+
+    def _first_start(self, plan: Plan, environment: str) -> None:
+        """Have the stores made, or their making finished; MLflow makes its own tables once it starts."""
+        docker.write_atomically(STORES_ENVIRONMENT, environment)
+        if not plan.new_cluster:  # cut off: PostgreSQL's entry point takes a cluster for complete by its first file
+            try:
+                with docker.locked():
+                    self._compose_up(docker.STORES, STORES_ENVIRONMENT, first.GRACE)
+                first.end(self.data_dir)
+                return
+            except Failed:
+                self._forget_stores()
+                self.changes += first.put_aside(self.data_dir, [plan.postgres_place.partition("/")[0]])
+                volume.make_folder(plan.postgres_dir, plan.postgres_owner[0], 0o700)
+        first.begin(self.data_dir)
+        with docker.locked():
+            self._compose_up(docker.STORES, STORES_ENVIRONMENT)
+        first.end(self.data_dir)
+
+    def _forget_stores(self) -> None:
+        """No container of ours has the folders that are about to change their names."""
+        with docker.locked():
+            ours = docker.inspect("container", list(docker.SERVICES))
+            names = [name for name, one in ours.items() if docker.is_ours(one, self.project_dir)]
+            if names:
+                docker.docker("rm", "--force", *names, check=False)
+
+    def _settle_schema(self, images: dict[str, dict[str, Any]], environment: str) -> schema.Upgrade | None:
+        """Bring the database to the schema of the MLflow image before that runs."""
         mlflow = self.references["mlflow"]
         with open(os.path.join(self.project_dir, "oneshot", "schema.py"), encoding="utf-8") as script:
             cache = os.path.join(self.project_dir, "schemas.json")
@@ -392,10 +429,10 @@ class Converge:
             f" {down or f'docker stop -t 60 {names} && sudo docker rm {names}'}",
         )
 
-    def _compose_up(self, services: tuple[str, ...], environment: str = "") -> None:
+    def _compose_up(self, services: tuple[str, ...], environment: str = "", seconds: int = 0) -> None:
         """`compose up --wait` under the lock that the caller holds. Failed, with the services' last words."""
         found = docker.inspect("container", list(docker.SERVICES))
-        seconds, words = self.params["start_timeout"], ""
+        seconds, words = seconds or self.params["start_timeout"], ""
         # A running container keeps the file that was at a path when it started. One in a restart loop would wait for
         # Docker's growing pause, or make compose give up at once.
         old = [n for n in services if n in found and (self.secrets_rewritten or docker.is_ailing(found[n]))]

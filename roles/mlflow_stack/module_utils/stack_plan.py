@@ -74,6 +74,8 @@ class VolumeState:
     minio_format: str | None = None
     rclone: Folder = field(default_factory=Folder)
     secrets: bool = False
+    #: A first start began and wasn't seen to end.
+    first_start: bool = False
 
     @property
     def postgres_pointer(self) -> str:

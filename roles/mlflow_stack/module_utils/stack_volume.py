@@ -8,6 +8,7 @@ import stat
 from typing import Any
 
 from ansible.module_utils import stack_marker as marker
+from ansible.module_utils.stack_first import NOTE as FIRST_START
 from ansible.module_utils.stack_plan import (
     PLAIN_FILES,
     POSTGRES_FOLDER,
@@ -71,6 +72,7 @@ def read_volume(data_dir: str) -> VolumeState:
         minio_format=minio_format(minio),
         rclone=folder(os.path.join(data_dir, objects if objects and plain else "rclone_s3_data")),
         secrets=os.path.exists(os.path.join(data_dir, SECRETS, "secrets.json")),
+        first_start=not stack.get("postgres_dir") and os.path.exists(os.path.join(data_dir, FIRST_START)),
     )
 
 
