@@ -205,9 +205,10 @@ def sandbox_cloud() -> Any:
     import openstack
 
     clouds = Path(os.environ.get("LABCTL_SANDBOX_STATE", "/var/lib/labctl-sandbox")) / "clouds.yaml"
-    config = openstack.config.OpenStackConfig(config_files=[str(clouds)]).get_one("sandbox")
+    # uWSGI's own HTTP socket closes a kept connection without a word, and on a busy machine one that is just sent
+    again = {"connect_retries": 4}
+    config = openstack.config.OpenStackConfig(config_files=[str(clouds)]).get_one("sandbox", **again)
     connection = openstack.connection.Connection(config=config)
-    # uWSGI's own HTTP socket closes a kept connection without a word, and the next request is reset
     connection.session.session.headers["Connection"] = "close"
     return connection
 
