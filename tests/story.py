@@ -224,6 +224,30 @@ def kill_node(name: str) -> None:
     subprocess.run(["docker", "kill", f"inst-{server.id}"], check=True, capture_output=True)
 
 
+def power_on(name: str, seconds: float = 300) -> None:
+    """Start a sandbox server whose power failed, whether or not Nova has noticed; until it is ACTIVE."""
+    import openstack
+
+    cloud = sandbox_cloud()
+    asked, deadline = False, time.monotonic() + seconds
+    while True:
+        server = cloud.compute.get_server(cloud.get_server(name).id)
+        if asked and server.status == "ACTIVE" and not server.task_state:
+            return
+        try:
+            if server.status == "SHUTOFF" and not server.task_state:
+                cloud.compute.start_server(server)
+                asked = True
+            elif not asked and not server.task_state:
+                cloud.compute.reboot_server(server, "HARD")
+                asked = True
+        except openstack.exceptions.HttpException as busy:  # Nova has just noticed, and switches it off for good first
+            if busy.status_code not in (409, 500):
+                raise
+        assert time.monotonic() < deadline, f"{name} is {server.status}, {server.task_state}"
+        time.sleep(1)
+
+
 @dataclass
 class Timeline:
     """How long each part of a story took, in seconds."""
