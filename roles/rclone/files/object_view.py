@@ -48,6 +48,7 @@ LOOP_TRIES = 3  # another program may take the free device first
 MS_RDONLY, MS_NOSUID, MS_NODEV, MNT_DETACH = 1, 2, 4, 2  # linux/mount.h
 SYS_OPEN_TREE, SYS_MOVE_MOUNT = 428, 429  # the same number on every architecture
 OPEN_TREE_CLONE, MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_BENEATH, AT_FDCWD = 1, 4, 0x200, -100
+AT_STATX_FORCE_SYNC, STATX_BASIC_STATS = 0x2000, 0x7FF
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -193,8 +194,12 @@ def put(source: Path, place: str) -> bool:
 
 def manifest() -> dict[str, Any] | None:
     """The committed manifest, or None where the container has none. Raises OSError where that can't be known."""
+    path = RAW / "labctl" / "manifest.json"
+    # The kernel believes a size for seconds (--attr-timeout): of a manifest that was just replaced it would read as
+    # much as the former one had.
+    libc.statx(AT_FDCWD, os.fsencode(path), AT_STATX_FORCE_SYNC, STATX_BASIC_STATS, ctypes.create_string_buffer(256))
     try:
-        text = (RAW / "labctl" / "manifest.json").read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
     try:
