@@ -195,9 +195,7 @@ def put(source: Path, place: str) -> bool:
 def manifest() -> dict[str, Any] | None:
     """The committed manifest, or None where the container has none. Raises OSError where that can't be known."""
     path = RAW / "labctl" / "manifest.json"
-    # The kernel believes a size for seconds (--attr-timeout): of a manifest that was just replaced it would read as
-    # much as the former one had.
-    libc.statx(AT_FDCWD, os.fsencode(path), AT_STATX_FORCE_SYNC, STATX_BASIC_STATS, ctypes.create_string_buffer(256))
+    forget_size(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -211,6 +209,15 @@ def manifest() -> dict[str, Any] | None:
     if not known or not plain:
         raise Failed("the container's .labctl/manifest.json isn't one that this labctl can read; `labctl etl` anew")
     return found
+
+
+def forget_size(path: Path) -> None:
+    """Have the kernel ask rclone for the size.
+
+    It believes one for seconds (--attr-timeout): of a file that was just replaced it would read as much as the former
+    one had.
+    """
+    libc.statx(AT_FDCWD, os.fsencode(path), AT_STATX_FORCE_SYNC, STATX_BASIC_STATS, ctypes.create_string_buffer(256))
 
 
 def in_labctl(name: str) -> Path:
@@ -255,6 +262,7 @@ def packed(found: dict[str, Any]) -> Path:
     try:
         for name, shard in zip(names, shards, strict=True):
             image = in_labctl(shard["object"])
+            forget_size(image)
             if image.stat().st_size != shard["bytes"]:
                 raise Failed(f"{shard['object']}: {image.stat().st_size} bytes, the manifest says {shard['bytes']}")
             (home / name).mkdir(mode=0o755, parents=True, exist_ok=True)
