@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import time
 from typing import Any
-from urllib.parse import urlsplit
 
-from conftest import PROGRAM, WORK, Lab
+from conftest import PROGRAM, Lab
 
 #: Of a process that SIGKILL ended, as a shell says it.
 KILLED = 137
@@ -235,27 +234,6 @@ def test_a_store_that_does_not_answer_is_said_and_the_next_run_is_fine(lab: Lab)
     assert "answer" in failed.error["msg"]
     assert json.loads(lab.shell("cat /var/lib/labctl/backup-last.json"))["ok"] is False
     assert lab.run("backup").code == 0
-
-
-def test_a_store_that_goes_away_while_objects_are_sent(lab: Lab) -> None:
-    put_object(lab, "late.bin", 30_000_000)
-    before = with_manifest(lab)
-    host = urlsplit(json.loads((WORK / "store.json").read_text())["auth_url"]).hostname
-    cut = f"OUTPUT -p tcp -d {host} -j REJECT --reject-with tcp-reset"
-    started = json.loads(lab.shell(f"python3 {PROGRAM} start backup"))
-    deadline = time.monotonic() + 60
-    while "sending objects" not in (now := lab.shell(f"cat /run/labctl-backup/job-{started['job']}.json")):
-        assert time.monotonic() < deadline, now
-    lab.shell(f"iptables -I {cut}")
-    try:
-        said = json.loads(lab.shell(f"python3 {PROGRAM} wait --job {started['job']} --seen 999 --seconds 400"))
-    finally:
-        lab.shell(f"iptables -D {cut}")
-    assert (said["state"], said["error"]["kind"]) == ("failed", "refused")
-    assert with_manifest(lab) == before
-    assert lab.run("backup").code == 0
-    assert lab.run("verify", "latest").code == 0
-    lab.s3("deletefile s3:mlflow-artifacts/late.bin")
 
 
 # -- the way back ------------------------------------------------------------------------------------------------------
