@@ -37,15 +37,21 @@ class VolumeStatus:
 
 @dataclass(frozen=True)
 class ObjectStoreStatus:
-    """The container of the object store. `objects` is None where there is no such container.
-
-    `layout` and `version`: what the mount shows. `transfer`: what rclone says of its work: bytes a second, bytes and
-    files fetched from the store and held in the cache, errors; None where it wasn't asked or doesn't run.
-    """
+    """The container of the object store. `objects` is None where there is no such container."""
 
     container: str
     mounted: bool | None = None
     objects: int | None = None
+
+
+@dataclass(frozen=True)
+class MountStatus:
+    """What the object mount shows (`layout`, `version`), what is wrong with it, and what rclone says of its work.
+
+    `transfer`: bytes a second, bytes and files fetched from the store and held in the cache, errors; None where rclone
+    doesn't run.
+    """
+
     layout: str = ""
     version: str = ""
     error: str = ""
@@ -83,6 +89,7 @@ class Status:
     host_error: str = ""
     backup: dict[str, Any] = field(default_factory=dict)
     credential: CredentialStatus | None = None
+    mount: MountStatus | None = None
 
     @property
     def healthy(self) -> bool:
@@ -112,11 +119,11 @@ class Status:
                 self.object_store.container,
                 store is not None,
                 self.object_store.objects,
-                **{key: view[key] for key in ("layout", "version", "error", "transfer") if key in view},
             ),
             {name: ServiceStatus(**service) for name, service in host["services"].items()},
             backup=host["backup"],
             credential=self.credential,
+            mount=MountStatus(**{key: view[key] for key in ("layout", "version", "error", "transfer") if key in view}),
         )
 
     def rows(self) -> list[tuple[str, str]]:
@@ -128,7 +135,7 @@ class Status:
             *([("lease", lease_text(server.lease_ends, datetime.now(UTC)))] if server.lease_ends else []),
             ("volume", _volume_text(volume)),
             ("object store", f"{store.container} {_count(store.objects)}, {_mounted(store.mounted)}"),
-            *([("", text)] if (text := _transfer_text(store)) else []),
+            *([("", text)] if (text := _transfer_text(self.mount)) else []),
         ]
         if text := credential_text(self.credential, datetime.now(UTC)):
             rows.append(("credential", text))
@@ -186,16 +193,18 @@ def _count(objects: int | None) -> str:
     return "ABSENT" if objects is None else f"{objects} objects"
 
 
-def _transfer_text(store: ObjectStoreStatus) -> str:
+def _transfer_text(mount: MountStatus | None) -> str:
     """What the mount shows and does; "" where nothing is known of it."""
-    parts = [f"shown as {store.layout} {store.version}".strip()] if store.layout else []
-    if found := store.transfer:
+    if mount is None:
+        return ""
+    parts = [f"shown as {mount.layout} {mount.version}".strip()] if mount.layout else []
+    if found := mount.transfer:
         parts.append(f"reading {found['bytes_per_second'] / 1e6:.1f} MB/s")
         parts.append(f"fetched {found['fetched_files']} files ({found['fetched_bytes'] / 1e6:.1f} MB)")
         full = ", FULL" if found["cache_full"] else ""
         parts.append(f"cache {found['cached_files']} files ({found['cached_bytes'] / 1e6:.1f} MB{full})")
         parts.append(f"{found['errors']} errors" + (f", last: {found['last_error']}" if found["last_error"] else ""))
-    return "; ".join([*parts, *([store.error] if store.error else [])])
+    return "; ".join([*parts, *([mount.error] if mount.error else [])])
 
 
 def _backup_text(backup: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ def test_a_lab_whose_volume_another_server_has_is_refused_before_anything_is_mad
     other = tmp_path / "lab.yaml"
     other.write_text("lab: e2e-other\nsite: sandbox\nvolume:\n  name: block-persist-e2e\n")
     refused = lab.json("--lab", str(other), "up", expect=3)["error"]
-    assert "block-persist-e2e" in refused["what"] and "node-persist-e2e" in refused["found"], refused
+    assert "block-persist-e2e" in refused["what"] and "belongs to the lab e2e" in refused["found"], refused
     cloud = sandbox_cloud()
     assert cloud.get_server("node-persist-e2e-other") is None
     assert cloud.get_security_group("labctl-e2e-other") is None

@@ -53,7 +53,9 @@ def logs(
     one_of(SERVICE_IMAGES, service, "SERVICE")
     ctx = context()
     options_ = ["--tail", str(lines), *(["--follow"] if follow else [])]
-    replace_process(ctx.login(lifecycle.existing_server(ctx)), ["sudo", "docker", "logs", *options_, service])
+    # what a service wrote on its standard error is its log, too, and the answer to this command
+    command = ["sudo", "docker", "logs", *options_, service, "2>&1"]
+    replace_process(ctx.login(lifecycle.existing_server(ctx)), command)
 
 
 @app.command()
