@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs on the node: commits a made-up dataset to the container, in the form that CONTRACT readers rely on.
+"""Runs on the node: commits a made-up dataset to the container, in the form that roles/etl/README.md describes.
 
     pack.py CONTAINER files|packed SEED [SHARDS] [IMAGES]
 
