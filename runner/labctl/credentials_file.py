@@ -1,11 +1,12 @@
-"""What a volume was made with, if neither labctl nor the tutorial chose it: the file that lab.yaml names.
+"""Files with secrets, and the one that lab.yaml names for a volume that neither labctl nor the tutorial made.
 
-It is needed once, when the volume is adopted, and travels as a secret: in a 0600 file that goes once Ansible read it.
+That one is needed once, when the volume is adopted, and travels as a secret: a 0600 file, gone once Ansible read it.
 """
 
 from __future__ import annotations
 
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from labctl.errors import ConfigError
@@ -26,26 +27,18 @@ def read(path: Path, source: str) -> dict[str, str]:
     Raises ConfigError for a file that is missing, readable by others, or lacks one; the text holds no value.
     """
     expected = f"lines KEY=VALUE with {', '.join(KEYS)}, and the mode 0600"
-    try:
-        mode = stat.S_IMODE(path.stat().st_mode)
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        problem = error.strerror if isinstance(error, OSError) else "isn't text"
-        raise ConfigError(
+    text = private_text(
+        path,
+        "passwords",
+        source,
+        lambda why: ConfigError(
             f"The volume's credentials file {path} can't be read.",
             expected,
-            str(problem),
+            why,
             source,
             "write it, or leave credentials_file out of lab.yaml once the volume is adopted",
-        ) from None
-    if mode & 0o077:
-        raise ConfigError(
-            f"Others may read {path}, which holds passwords.",
-            "the mode 0600",
-            f"{mode:04o}",
-            source,
-            f"chmod 600 {path}",
-        )
+        ),
+    )
     found = dict(pairs(text))
     if missing := [key for key in KEYS if not found.get(key)]:
         raise ConfigError(
@@ -56,6 +49,23 @@ def read(path: Path, source: str) -> dict[str, str]:
             f"add the missing lines to {path}",
         )
     return {name: found[key] for key, name in KEYS.items()}
+
+
+def private_text(path: Path, holds: str, source: str, unreadable: Callable[[str], ConfigError]) -> str:
+    """The text of a file with secrets.
+
+    Raises what `unreadable` makes of the reason if it can't be read, and ConfigError if others may read it.
+    """
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable(str(error.strerror if isinstance(error, OSError) else "isn't text")) from None
+    if mode & 0o077:
+        raise ConfigError(
+            f"Others may read {path}, which holds {holds}.", "the mode 0600", f"{mode:04o}", source, f"chmod 600 {path}"
+        )
+    return text
 
 
 def pairs(text: str) -> list[tuple[str, str]]:

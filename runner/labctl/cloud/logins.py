@@ -7,14 +7,13 @@ clouds.yaml, and the environment, as an openrc or Chameleon's Jupyter sets it. C
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from labctl.credentials_file import pairs
+from labctl import credentials_file
 from labctl.errors import ConfigError
 from labctl.models import Site
 
@@ -124,28 +123,23 @@ def _from_download(path: Path, region: str | None) -> Login:
     if path.suffix in (".yaml", ".yml"):
         site = Site(name=str(path), cloud=None, object_cloud=None, clouds_file=path)
         return _from_clouds(site, "", region)
-    return _from_variables(dict(pairs(text)), str(path), region, None)
+    return _from_variables(dict(credentials_file.pairs(text)), str(path), region, None)
 
 
 def private_text(path: Path, key: str) -> str:
-    """The text of a file with secrets. Raises ConfigError if it can't be read, or others can read it."""
-    try:
-        mode = stat.S_IMODE(path.stat().st_mode)
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        problem = error.strerror if isinstance(error, OSError) else "isn't text"
-        raise ConfigError(
+    """The text of a login's file. Raises ConfigError if it can't be read, or others can read it."""
+    return credentials_file.private_text(
+        path,
+        "a secret",
+        key,
+        lambda why: ConfigError(
             f"The credentials file {path} can't be read.",
             expected="an openrc or clouds.yaml as Horizon hands it out",
-            found=str(problem),
+            found=why,
             source=f"lab.yaml: {key}",
             next_step="check the path, or download the file again",
-        ) from None
-    if mode & 0o077:
-        raise ConfigError(
-            f"Others may read {path}, which holds a secret.", "the mode 0600", f"{mode:04o}", key, f"chmod 600 {path}"
-        )
-    return text
+        ),
+    )
 
 
 def _from_clouds(site: Site, name: str, region: str | None) -> Login:
