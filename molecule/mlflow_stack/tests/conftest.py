@@ -7,7 +7,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,25 @@ def play_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Played]
 def play(tmp_path: Path) -> Callable[..., Played]:
     """`play("main", **variables)` runs an entry point; `check=True` in check mode."""
     return player(tmp_path)
+
+
+@pytest.fixture
+def kill_at() -> Callable[[str], AbstractContextManager[None]]:
+    """`with kill_at(step):` kills the module of the play in it at that step (kill_at.py), and fails if it couldn't."""
+
+    @contextmanager
+    def run(step: str) -> Iterator[None]:
+        container = nodes.container_name("mlflow-stack")
+        command = ["docker", "exec", "-i", container, "python3", "-u", "-", step]
+        with (
+            (Path(__file__).parent / "kill_at.py").open() as program,
+            subprocess.Popen(command, stdin=program, stderr=subprocess.PIPE, text=True) as killer,
+        ):
+            yield
+            _, said = killer.communicate()
+            assert killer.returncode == 0, said
+
+    return run
 
 
 def player(folder: Path) -> Callable[..., Played]:

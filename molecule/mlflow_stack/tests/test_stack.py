@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ SERVICES = ("jupyter", "mlflow", "postgres", "s3")
 #: Seconds for the services to be healthy again after something was done to them, on a busy machine.
 RECOVERY = 300
 Play = Callable[..., Any]
+KillAt = Callable[[str], AbstractContextManager[None]]
 STARTED_AT = f"docker inspect -f '{{{{.Id}}}} {{{{.State.StartedAt}}}}' {' '.join(SERVICES)}"
 
 
@@ -303,37 +304,7 @@ def test_the_node_rebooted_without_its_volume() -> None:
 # -- a new volume ----------------------------------------------------------------------------------------------------
 
 
-def cut_off_at(step: str) -> str:
-    """A program for the node: the module and the stores die once PostgreSQL's making is seen to be at the step."""
-    return f"""
-import os, pathlib, signal, subprocess, time
-cluster = pathlib.Path('/mnt/block/postgres_data')
-SIGNS = {{
-    'files': lambda words: any(w.startswith('initdb') for w in words) and not (cluster / 'PG_VERSION').exists(),
-    'cluster': lambda words: (cluster / 'PG_VERSION').exists() and any('--boot' in w for w in words),
-    'database': lambda words: (cluster / 'global/pg_control').exists() and any('pg_ctl' in w for w in words),
-}}
-def processes():
-    for pid in filter(str.isdigit, os.listdir('/proc')):
-        try:
-            yield int(pid), open(f'/proc/{{pid}}/cmdline').read().replace(chr(0), ' ')
-        except OSError:
-            continue
-end = time.monotonic() + 200
-while time.monotonic() < end:
-    table = dict(processes())
-    if SIGNS[{step!r}](list(table.values())):
-        compose = [pid for pid, words in table.items() if words.startswith('docker compose')]
-        modules = [int(open(f'/proc/{{pid}}/stat').read().rpartition(')')[2].split()[1]) for pid in compose]
-        for pid in modules + compose:
-            os.kill(pid, signal.SIGKILL)
-        subprocess.run(['docker', 'kill', 'postgres', 's3'], check=False)
-        raise SystemExit(0 if modules else 'no module was at work')
-raise SystemExit('the step never came')
-"""
-
-
-def test_a_first_start_that_is_cut_off_is_begun_anew(play: Play) -> None:
+def test_a_first_start_that_is_cut_off_is_begun_anew(play: Play, kill_at: KillAt) -> None:
     """Each run meets what the one before left: files, a cluster without its database, a complete one."""
     assert play("stop").ok
     shell(
@@ -342,10 +313,8 @@ def test_a_first_start_that_is_cut_off_is_begun_anew(play: Play) -> None:
         ' json.dump(m, open(".labctl/volume.json", "w"))\''
     )
     for step in ("files", "cluster", "database"):
-        node = ["docker", "exec", "-i", nodes.container_name(NODE), "python3", "-u", "-c", cut_off_at(step)]
-        with subprocess.Popen(node) as killer:
-            assert not play("main").ok
-            assert killer.wait() == 0, step
+        with kill_at(step):
+            assert not play("main").ok, step
         assert shell("test -e /mnt/block/.labctl/first-start.json && echo noted").strip() == "noted"
     assert play("main").ok
     assert play("verify").ok

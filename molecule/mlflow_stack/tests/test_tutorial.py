@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import nodes  # noqa: E402
 NODE = "mlflow-stack"
 BLOCK = "/mnt/block"
 Play = Callable[..., Any]
+KillAt = Callable[[str], AbstractContextManager[None]]
 IMAGES = json.loads(
     (Path(os.environ.get("LABCTL_SANDBOX_STATE", "/var/lib/labctl-sandbox")) / "images.json").read_text()
 )
@@ -336,59 +338,11 @@ def test_without_the_right_credentials_nothing_is_kept(given: dict[str, str], pl
     assert not any(secret in refused.output for secret in ("guessed", OWN["MINIO_ROOT_PASSWORD"]))
 
 
-def kill_at(step: str) -> str:
-    """A program for the node: SIGKILL to the module, or its one-shot container, once it is seen to be at the step."""
-    return f"""
-import os, signal, subprocess, time
-SIGNS = {{
-    'dump': lambda words, journal: words.startswith('docker exec') and ' pg_dump ' in words,
-    'restore': lambda words, journal: words.startswith('docker exec') and ' pg_restore ' in words,
-    # a session of the one-shot container in the copy: the migration is under way
-    'one-shot': lambda words, journal: SIGNS['upgrade'](words, journal),
-    'upgrade': lambda words, journal: words.startswith('postgres: ada labctl_upgrade ') and '[local]' not in words,
-    # the journal says that all is ready, and the next statement changes the names: before, in or after it
-    'swap': lambda words, journal: '"content"' in journal,
-    'start': lambda words, journal: words.startswith('docker compose') and ' up ' in words and '"content"' in journal,
-}}
-def table():
-    found = {{}}
-    for pid in filter(str.isdigit, os.listdir('/proc')):
-        try:
-            words = open(f'/proc/{{pid}}/cmdline').read().replace(chr(0), ' ')
-            parent = int(open(f'/proc/{{pid}}/stat').read().rpartition(')')[2].split()[1])
-        except OSError:
-            continue
-        found[int(pid)] = (words, parent)
-    return found
-end, module = time.monotonic() + 200, 0
-while time.monotonic() < end:
-    try:
-        journal = open('{BLOCK}/.labctl/upgrade.json').read()
-    except OSError:
-        journal = ''
-    processes = table()
-    # the module is what has a docker command as its child
-    for words, parent in processes.values():
-        if words.startswith('docker ') and 'python3' in processes.get(parent, ('', 0))[0]:
-            module = parent
-    if module in processes and any(SIGNS[{step!r}](words, journal) for words, _ in processes.values()):
-        if {step!r} == 'one-shot':
-            subprocess.run(['docker', 'kill', 'labctl-mlflow-upgrade'], check=True)
-        else:
-            os.kill(module, signal.SIGKILL)
-        raise SystemExit
-raise SystemExit('the step never came')
-"""
-
-
 @pytest.mark.parametrize("step", STEPS)
-def test_killed_at_any_step_of_an_upgrade_no_run_is_lost(step: str, play: Play) -> None:
+def test_killed_at_any_step_of_an_upgrade_no_run_is_lost(step: str, play: Play, kill_at: KillAt) -> None:
     """The next run, and the next kill, meet what this one left. In the upgrade itself the whole node dies, too."""
-    node = ["docker", "exec", "-i", nodes.container_name(NODE), "python3", "-u", "-c", kill_at(step)]
-    with subprocess.Popen(node, stdout=subprocess.PIPE, text=True) as killer:
-        played = play("main", mlflow_stack_credentials=CREDENTIALS)
-        assert killer.wait() == 0, killer.stdout and killer.stdout.read()
-    assert not played.ok
+    with kill_at(step):
+        assert not play("main", mlflow_stack_credentials=CREDENTIALS).ok
     if step == "upgrade":
         assert "labctl-mlflow-upgrade" in running(), "the one-shot container outlives the module"
         nodes.reboot(NODE, kill=True)
