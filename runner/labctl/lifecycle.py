@@ -64,6 +64,7 @@ def provide(ctx: Context, **metadata: str) -> tuple[Server, Volume]:
     clock.refuse_if_wrong(cloud)
     with progress.step("what is there"):
         server, volume = find_server(ctx), find_volume(ctx)
+        volume = without_failure(ctx, volume)
         refuse_volume(ctx, volume, server)
         if ctx.retry and server is not None and never_ran(server):
             ownership.refuse_untagged(server, lab.lab)
@@ -149,6 +150,21 @@ def refuse_volume(ctx: Context, volume: Volume | None, server: Server | None) ->
     if volume is not None:
         volumes.refuse_if_broken(volume)
         volumes.refuse_if_used(ctx.cloud, volume, server)
+
+
+def without_failure(ctx: Context, volume: Volume | None) -> Volume | None:
+    """The volume; none where it is this lab's and an interrupted run left it when the cloud found no room for it.
+
+    Such a volume was never anywhere: it is deleted, and the run makes another. A request more only in state error.
+    """
+    if volume is None or not ownership.tagged(volume, ctx.lab.lab):
+        return volume
+    why = volumes.never_placed(ctx.cloud, volume)
+    if not why:
+        return volume
+    ctx.progress.note(f"volume {volume.name} was never made: {why} Another one is.")
+    volumes.delete(ctx.cloud, volume, ctx.progress.tell)
+    return None
 
 
 def wait_active(ctx: Context, server: Server, step: Progress, again: Callable[[], Server] | None) -> Server:

@@ -83,7 +83,8 @@ def destroy(ctx: Context, *, force: bool = False, keep: Collection[str] = ()) ->
             if server is not None and doomed_volume.attached_to == server.id:
                 # Cinder hears of a server's end a moment later
                 volumes.wait_status(cloud, doomed_volume.id, "available", step.tell)
-            volumes.delete(cloud, volumes.settled(cloud, doomed_volume.id, step.tell), step.tell)
+            settled = volumes.settled(cloud, doomed_volume.id, step.tell, deletable=True)
+            volumes.delete(cloud, settled, step.tell)
     if not _container_stays(ctx, keep):
         with ctx.progress.step(f"delete container {lab.container_name}") as step:
             deleted = stores.delete_container(cloud, lab.container_name, step.tell)

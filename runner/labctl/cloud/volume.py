@@ -23,6 +23,14 @@ PASSING = frozenset({"creating", "attaching", "detaching", "reserved", "download
 #: The API version from which Cinder extends a volume that is attached (3.42, OpenStack Pike).
 ONLINE_EXTEND = "3.42"
 
+#: The API version from which Cinder tells users why, by resource (3.5, OpenStack Newton), and the event that says that
+#: the scheduler found no back end for a new volume: it was never anywhere, so nothing can be on it.
+_MESSAGES = "3.5"
+_NO_BACK_END = "VOLUME_VOLUME_001_"
+
+#: The error states in which Cinder deletes a volume.
+_DELETABLE = frozenset({"error", "error_extending", "error_restoring", "error_managing"})
+
 #: What Nova's 400 says when trying again in a second helps.
 _RACES = ("status must be", "already attached to instances")
 #: What it says where the site attaches volumes to servers of their own availability zone only.
@@ -108,14 +116,46 @@ def create(
 ) -> Volume:
     """Makes a volume of `size_gib` GiB (of the site's `volume_type`, if set) and waits for `available`.
 
-    Doesn't look for an existing one: `find` does. Raises CloudRefused with the quota's words, or the state's.
+    Doesn't look for an existing one: `find` does. Raises CloudRefused with the quota's words, or the state's; where
+    the cloud found no room for it, nothing of it stays.
     """
     request: dict[str, Any] = {"name": name, "size": size_gib, "metadata": metadata}
     if cloud.site.volume_type:
         request["volume_type"] = cloud.site.volume_type
     with refusals(f"create volume {name} of {size_gib} GiB"):
         made = cloud.compute.block_storage.create_volume(**request)
-    return wait_status(cloud, str(made.id), "available", tell, timeout)
+    try:
+        return wait_status(cloud, str(made.id), "available", tell, timeout)
+    except CloudRefused as refused:
+        now = get(cloud, str(made.id))
+        why = never_placed(cloud, now) if now else ""
+        if now is None or not why:
+            raise
+        delete(cloud, now, tell)
+        raise CloudRefused(
+            f"the cloud found no room for volume {name}",
+            expected=f"a new volume of {size_gib} GiB",
+            found=f"{why} It was deleted again: there was never anything on it.",
+            source=refused.source,
+            next_step="the same command again in some minutes; else a smaller volume.size_gib, or the site's help desk",
+        ) from refused
+
+
+def never_placed(cloud: Cloud, volume: Volume) -> str:
+    """What the cloud says where it found no back end for a new volume, on which there can be nothing; else "".
+
+    One request for a volume in state error that no server has; none for another.
+    """
+    if volume.status != "error" or volume.attached_to:
+        return ""
+    query = {"resource_uuid": volume.id}
+    answer = cloud.compute.block_storage.get("/messages", params=query, microversion=_MESSAGES)
+    if answer.status_code != 200:  # before Newton there are no messages: the volume stays what it is, in error
+        return ""
+    for said in answer.json().get("messages", []):
+        if said.get("resource_uuid") == volume.id and str(said.get("event_id", "")).startswith(_NO_BACK_END):
+            return str(said.get("user_message") or "the cloud found no back end for it")
+    return ""
 
 
 def set_metadata(cloud: Cloud, volume_id: str, **metadata: str) -> None:
@@ -135,23 +175,28 @@ def wait_status(cloud: Cloud, volume_id: str, wanted: str, tell: Tell, timeout: 
     return volume or _raise_stuck(cloud, volume_id, wanted, timeout)
 
 
-def settled(cloud: Cloud, volume_id: str, tell: Tell, timeout: float = STATUS_TIMEOUT) -> Volume:
-    """Waits until the volume is in none of the states that pass by themselves."""
+def settled(
+    cloud: Cloud, volume_id: str, tell: Tell, timeout: float = STATUS_TIMEOUT, *, deletable: bool = False
+) -> Volume:
+    """Waits until the volume is in none of the states that pass by themselves.
+
+    Raises CloudRefused on an error state; with `deletable`, only where Cinder would not even delete it.
+    """
 
     def look() -> tuple[Volume | None, str]:
-        volume = _standing(cloud, volume_id)
+        volume = _standing(cloud, volume_id, _DELETABLE if deletable else frozenset())
         return (None if volume.status in PASSING else volume), f"volume {volume.name} is {volume.status}"
 
     volume, _, _ = wait_until(look, tell, timeout)
     return volume or _raise_stuck(cloud, volume_id, "available or in-use", timeout)
 
 
-def _standing(cloud: Cloud, volume_id: str) -> Volume:
-    """The volume as it is now. Raises CloudRefused when it is gone or in an error state."""
+def _standing(cloud: Cloud, volume_id: str, accepted: frozenset[str] = frozenset()) -> Volume:
+    """The volume as it is now. Raises CloudRefused when it is gone or in an error state that isn't accepted."""
     volume = get(cloud, volume_id)
     if volume is None:
         raise CloudRefused(f"volume {volume_id} is gone", next_step="openstack volume list")
-    if volume.status.startswith("error"):
+    if volume.status.startswith("error") and volume.status not in accepted:
         raise _in_error(volume)
     return volume
 
