@@ -64,6 +64,8 @@ def possessions(ctx: Context, keep: Collection[str] = ()) -> Possessions:
         lines.append(f"S3 keys {', '.join(keys)}")
     groups = networks.groups_made(cloud, [ctx.security_group.name])
     lines += [f"security group {group.name}, unless something else uses it" for group in groups]
+    if ctx.ssh_key.exists() and (pair := keypairs.made(cloud, ssh.ensure_key(ctx.ssh_key), f"labctl-{lab.lab}")):
+        lines.append(f"key pair {pair} (the key itself stays: {ctx.ssh_key})")
     return Possessions(tuple(lines), tuple(stays))
 
 

@@ -78,11 +78,17 @@ def _get(cloud: Cloud, name: str) -> Any:
         raise
 
 
+def made(cloud: Cloud, public_key: str, prefix: str) -> str:
+    """The name of the pair that `ensure` made for this key; "" when there is none."""
+    name = f"{prefix}-{fingerprint(public_key)}"
+    with refusals(f"read the key pair {name}"):
+        return name if _get(cloud, name) is not None else ""
+
+
 def delete(cloud: Cloud, public_key: str, prefix: str) -> bool:
     """Deletes the pair that `ensure` made for this key; False when there is none."""
-    name = f"{prefix}-{fingerprint(public_key)}"
-    with refusals(f"delete the key pair {name}"):
-        if _get(cloud, name) is None:
-            return False
-        cloud.compute.compute.delete_keypair(name)
-    return True
+    name = made(cloud, public_key, prefix)
+    if name:
+        with refusals(f"delete the key pair {name}"):
+            cloud.compute.compute.delete_keypair(name)
+    return bool(name)
