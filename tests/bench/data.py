@@ -16,10 +16,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import tutorial_data as tutorial
 
@@ -31,33 +32,17 @@ import store
 
 REPOSITORY = Path(__file__).parents[2]
 
-NODE, GATEWAY = "bench-data", "172.29.0.1"
+#: A run has a node of its own, so that two may go on side by side.
+NODE, GATEWAY = f"bench-data-{os.getpid()}", "172.29.0.1"
 SANDBOX = Path(os.environ.get("LABCTL_SANDBOX_STATE", "/var/lib/labctl-sandbox"))
 HOME = REPOSITORY / "build" / "bench-data"
 ETL, VIEW = "/usr/local/lib/labctl/labctl_etl", "/usr/local/lib/labctl/object-view"
-CACHE, TREE = "/var/cache/rclone-object", "/srv/bench/tree"
+CACHE, TREE, PROGRAM = "/var/cache/rclone-object", "/srv/bench/tree", "/srv/bench/on_node.py"
+MOUNT, UNMOUNT = "systemctl start rclone-object", f"systemctl stop rclone-object; rm -rf {CACHE}/vfs {CACHE}/vfsMeta"
+WATCHED = ("/var/lib/docker/volumes", "/var/lib/labctl", CACHE)
+RELAY_PORT, RELAY_USER = 7999, "nobody"
+#: Milliseconds on the way to the store, and as many on the way back.
 READERS, DELAY_MS = 4, 10
-#: Every file once in random order by READERS processes, as a DataLoader's workers read; the hash of it all for proof.
-EPOCH = """
-import hashlib, json, os, random, sys, time
-from concurrent.futures import ProcessPoolExecutor
-root, seed = sys.argv[1], int(sys.argv[2])
-def listed():
-    return sorted(os.path.join(at, name) for split in ("training", "validation", "evaluation")
-                  for at, _, names in os.walk(os.path.join(root, split)) for name in names)
-def read(path):
-    with open(path, "rb") as file:
-        return os.path.relpath(path, root), hashlib.sha256(file.read()).hexdigest()
-if __name__ == "__main__":
-    began = time.monotonic()
-    paths = listed()
-    random.Random(seed).shuffle(paths)
-    with ProcessPoolExecutor(int(sys.argv[3])) as pool:
-        found = sorted(pool.map(read, paths, chunksize=8))
-    seconds = time.monotonic() - began
-    digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()
-    print(json.dumps({"seconds": seconds, "files": len(found), "digest": digest}))
-"""
 PLAY = """
 - hosts: all
   become: true
@@ -83,43 +68,30 @@ def timed(script: str) -> float:
 
 
 @contextmanager
-def watched(container: str, measured: dict[str, float]) -> Iterator[None]:
-    """Peak disk (bytes of staging and cache over the start) and memory (bytes, our processes), requests to Swift."""
-    began, stop = time.time(), threading.Event()
-    probe = (
-        f"du -sxb /var/lib/docker/volumes /var/lib/labctl {CACHE} 2>/dev/null | awk '{{s+=$1}} END {{print s+0}}';"
-        " ps -eo rss=,args= | grep -E 'rclone|labctl_etl|mksquashfs|unzip|wget|transform' | grep -v grep"
-        " | awk '{s+=$1} END {print s*1024}'"
-    )
-
-    def look() -> None:
-        start = None
-        while not stop.wait(0.3):
-            values = [float(word) for word in on_node(probe, check=False).split()]
-            if len(values) == 2:
-                start = values[0] if start is None else start
-                measured["disk"] = max(measured.get("disk", 0), values[0] - start)
-                measured["memory"] = max(measured.get("memory", 0), values[1])
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        watcher.join()
-        time.sleep(1)  # the log is written a moment later
-        measured["requests"] = requests(container, began)
+def watched(container: str, measured: dict[str, Any], folders: Sequence[str] = ()) -> Iterator[None]:
+    """Requests to Swift; peak memory (bytes, both sides' programs) and disk of the folders (bytes over the start)."""
+    program = ["docker", "exec", "-i", nodes.container_name(NODE), "python3", PROGRAM, "watch", *folders]
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as watcher:
+        assert watcher.stdout
+        watcher.stdout.readline()  # ready
+        began = time.time()
+        try:
+            yield
+        finally:
+            measured |= json.loads(watcher.communicate()[0])
+            time.sleep(1)  # the log is written a moment later
+            measured["requests"] = requests(container, began)
 
 
 def requests(container: str, since: float) -> int:
-    """Requests for a container that the sandbox's Swift has answered since then."""
+    """Requests for a container that the sandbox's Swift began to answer since then."""
     log = subprocess.run(
         ["docker", "exec", "labctl-sandbox", "journalctl", "-u", "swift-proxy", "--no-pager", "-o", "cat",
-         f"--since=@{since:.0f}"],
+         f"--since=@{since - 1:.0f}"],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    return len(re.findall(rf"/{re.escape(container)}[/ ?%]", log))
+    ours = [line.split() for line in log.splitlines() if re.search(rf"/{re.escape(container)}[/ ?%]", line)]
+    return sum(1 for words in ours if float(words[-3]) >= since)
 
 
 # -- the two sides -------------------------------------------------------------------------------------------------
@@ -128,16 +100,15 @@ def requests(container: str, since: float) -> int:
 class Bench:
     """The node, its container, and the set on an HTTP server."""
 
-    def __init__(self, url: str, container: str, images: dict[str, str], roles: str) -> None:
-        self.url, self.container, self.images, self.roles = url, container, images, roles
+    def __init__(self, url: str, container: str, images: dict[str, str], store_address: str) -> None:
+        self.url, self.container, self.images, self.store = url, container, images, store_address
         self.rclone = "rclone --config /etc/rclone/rclone.conf"
         self.settings = json.loads(on_node("cat /etc/labctl/etl.json"))
 
     def emptied(self) -> None:
         """An empty container, and a mount that knows it; the sets of other runs are no run's business."""
         on_node(
-            f"{VIEW} clear >/dev/null; systemctl stop rclone-object; rm -rf {CACHE}/vfs {CACHE}/vfsMeta;"
-            f" {self.rclone} delete --rmdirs chi_tacc:{self.container} --transfers 32; systemctl start rclone-object"
+            f"{UNMOUNT}; {self.rclone} delete --rmdirs chi_tacc:{self.container} --transfers 32 --checkers 32; {MOUNT}"
         )
 
     def describe(self, **source: str) -> None:
@@ -163,7 +134,7 @@ class Bench:
         """From the archive's URL to a set in the container: seconds, peaks, requests."""
         self.emptied()
         measured: dict[str, float] = {}
-        with watched(self.container, measured):
+        with watched(self.container, measured, WATCHED):
             if side == "tutorial":
                 measured["seconds"] = timed("cd /srv/bench && " + tutorial.etl())
             else:
@@ -173,14 +144,12 @@ class Bench:
 
     def passes(self, side: str, seed: int) -> dict[str, Any]:
         """A first and a second pass over what is in the container. The first begins with the mount, nothing cached."""
-        clear = f"systemctl stop rclone-object; rm -rf {CACHE}/vfs {CACHE}/vfsMeta"
-        start = tutorial.mount(self.container) if side == "tutorial" else "systemctl start rclone-object"
         place = tutorial.MOUNT if side == "tutorial" else "/mnt/object"
-        on_node(clear)
         first: dict[str, Any] = {}
+        self.uncached()
         try:
             with watched(self.container, first):
-                mounting = timed(start)
+                mounting = timed(tutorial.mount(self.container) if side == "tutorial" else MOUNT)
                 first |= epoch(place, seed)
                 first["seconds"] += mounting
             second = epoch(place, seed + 1)
@@ -188,6 +157,22 @@ class Bench:
             if side == "tutorial":
                 on_node(tutorial.unmount())
         return {"first": first, "second": second}
+
+    def prefetched(self, seed: int) -> dict[str, Any]:
+        """As `first`, with `labctl prefetch` ahead of it, which is part of the time."""
+        self.uncached()
+        seconds = timed(f"{MOUNT}; {VIEW} prefetch")
+        found = epoch("/mnt/object", seed)
+        return {**found, "seconds": found["seconds"] + seconds}
+
+    def uncached(self) -> None:
+        """Nothing mounted, and nothing of the set in rclone's cache; the kernel's pages of it go with both."""
+        on_node(UNMOUNT)
+
+    def round_trips(self) -> float:
+        """Seconds that the store takes for a small answer on a new connection: two round trips and its own time."""
+        ask = f"curl -s -o /dev/null -w '%{{time_total}}\\n' http://{self.store}:5000/v3"
+        return statistics.median(float(on_node(ask)) for _ in range(5))
 
     def unchanged(self, side: str) -> float:
         """Requests of a second load of the same."""
@@ -200,7 +185,7 @@ class Bench:
 
 def epoch(place: str, seed: int) -> dict[str, Any]:
     """Every file once, in random order: seconds, files, digest of all contents."""
-    found: dict[str, Any] = json.loads(on_node(f"python3 /srv/bench/epoch.py {place} {seed} {READERS}"))
+    found: dict[str, Any] = json.loads(on_node(f"python3 {PROGRAM} epoch {place} {seed} {READERS}"))
     return found
 
 
@@ -224,6 +209,10 @@ def measure(bench: Bench, repetitions: int) -> dict[str, Any]:
             digests |= {both["first"]["digest"], both["second"]["digest"]}
             note("first", side, both["first"])
             note("second", side, both["second"])
+            if side != "tutorial":
+                ahead = bench.prefetched(number)
+                digests.add(ahead["digest"])
+                note("prefetched", side, ahead)
             note("etl", side, bench.etl(side))
             note("unchanged", side, bench.unchanged(side))
         note("second", "disk", epoch(TREE, 100 + number))
@@ -233,23 +222,54 @@ def measure(bench: Bench, repetitions: int) -> dict[str, Any]:
     return found
 
 
-def delayed(bench: Bench) -> dict[str, Any] | None:
-    """Load and first pass with DELAY_MS between node and store; None where the kernel has no netem."""
-    if subprocess.run(
-        ["docker", "exec", nodes.container_name(NODE), "tc", "qdisc", "add", "dev", "eth0", "root", "netem", "delay",
-         f"{DELAY_MS}ms"], check=False, capture_output=True,
-    ).returncode:  # fmt: skip
-        return None
-    try:
-        found = {}
+def delayed(bench: Bench) -> dict[str, Any]:
+    """Load, first and second pass with DELAY_MS in each direction between node and store; and how that was made."""
+    found: dict[str, Any] = {}
+    near = bench.round_trips()
+    with delay(bench.store) as found["by"]:
+        far = bench.round_trips()
+        if far - near < 2 * DELAY_MS / 1000:
+            raise SystemExit(f"there is no delay: an answer of the store takes {far:.3f} s, {near:.3f} s without it")
         for side in ("tutorial", "files", "packed"):
             seconds = bench.load(side)
             both = bench.passes(side, 7)
             found[side] = {"load": seconds, "first": both["first"]["seconds"], "second": both["second"]["seconds"]}
+            if side != "tutorial":
+                found[side]["prefetched"] = bench.prefetched(9)["seconds"]
             print(f"  {DELAY_MS} ms delay  {side:<9} {json.dumps(found[side])}", flush=True)
-        return found
-    finally:
-        on_node("tc qdisc del dev eth0 root")
+    return found
+
+
+@contextmanager
+def delay(store_address: str) -> Iterator[str]:
+    """A round trip to the store takes 2 * DELAY_MS longer. Yields how: by the kernel (netem), or else by a relay."""
+    netem = f"tc qdisc add dev eth0 root netem delay {2 * DELAY_MS}ms"  # all of it on the way out
+    if subprocess.run(
+        ["docker", "exec", nodes.container_name(NODE), "sh", "-c", netem], check=False, capture_output=True
+    ).returncode == 0:  # fmt: skip
+        try:
+            yield "tc netem on the node's eth0"
+        finally:
+            on_node("tc qdisc del dev eth0 root")
+        return
+    # What the node, and containers on it, send to the store goes to the relay; what the relay sends doesn't.
+    rules = f"""
+add table ip bench
+add chain ip bench out {{ type nat hook output priority -100; }}
+add chain ip bench pre {{ type nat hook prerouting priority -100; }}
+add rule ip bench out ip daddr {store_address} meta skuid != {RELAY_USER} meta l4proto tcp redirect to :{RELAY_PORT}
+add rule ip bench pre ip daddr {store_address} meta l4proto tcp redirect to :{RELAY_PORT}
+"""
+    command = ["docker", "exec", "-u", RELAY_USER, nodes.container_name(NODE), "python3", PROGRAM, "relay",
+               str(RELAY_PORT), str(DELAY_MS)]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as relay:
+        assert relay.stdout
+        number = int(relay.stdout.readline())  # its process; it listens now
+        try:
+            nodes.execute(NODE, "nft", "-f", "-", data=rules.encode())
+            yield "a TCP relay on the node, as this kernel has no netem"
+        finally:
+            on_node(f"nft delete table ip bench; kill {number}", check=False)
 
 
 def middle(values: list[Any], key: str = "") -> float:
@@ -278,19 +298,26 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
     return {key: round(value, 3) for key, value in document.items()}
 
 
-def table(found: dict[str, Any]) -> str:
-    """Medians, a measure a row."""
-    rows = [("load", "", "s"), ("first", "seconds", "s"), ("first", "requests", ""), ("second", "seconds", "s"),
-            ("etl", "seconds", "s"), ("etl", "disk", "MB"), ("etl", "memory", "MB"), ("etl", "requests", ""),
-            ("unchanged", "", "requests")]  # fmt: skip
-    lines = [f"{'':<22}" + "".join(f"{side:>12}" for side in ("tutorial", "files", "packed", "disk"))]
+def table(found: dict[str, Any], slow: dict[str, Any]) -> str:
+    """Medians, a measure a row; below, one measurement with a delay on the way to the store."""
+    rows = [("load", "", "s"), ("first", "seconds", "s"), ("first", "requests", ""), ("first", "memory", "MB"),
+            ("prefetched", "seconds", "s"), ("second", "seconds", "s"), ("etl", "seconds", "s"), ("etl", "disk", "MB"),
+            ("etl", "memory", "MB"), ("etl", "requests", ""), ("unchanged", "", "requests")]  # fmt: skip
+    sides = ("tutorial", "files", "packed", "disk")
+    lines = [f"{'':<22}" + "".join(f"{side:>12}" for side in sides)]
+
+    def line(name: str, values: list[float | None]) -> None:
+        lines.append(f"{name:<22}" + "".join(f"{'':>12}" if one is None else f"{one:12.2f}" for one in values))
+
     for measure_, key, unit in rows:
-        cells = []
-        for side in ("tutorial", "files", "packed", "disk"):
-            values = found[measure_].get(side)
-            value = middle(values, key) / (1e6 if unit == "MB" else 1) if values else None
-            cells.append(f"{value:12.2f}" if value is not None else f"{'':>12}")
-        lines.append(f"{measure_ + ' ' + key:<15}{unit:<7}" + "".join(cells))
+        each = [found[measure_].get(side) for side in sides]
+        scale = 1e6 if unit == "MB" else 1
+        line(f"{measure_} {key} {unit}", [middle(values, key) / scale if values else None for values in each])
+    lines.append(f"with {DELAY_MS} ms in each direction, once, by {slow['by']}:")
+    for measure_ in ("load", "first", "prefetched", "second"):
+        line(f"{measure_} s", [slow[side].get(measure_) for side in sides[:3]])
+    for measure_ in ("load", "first", "second"):
+        line(f"{measure_} tutorial/this", [slow["tutorial"][measure_] / slow[side][measure_] for side in sides[:3]])
     return "\n".join(lines)
 
 
@@ -323,11 +350,11 @@ def prepared(archive: Path, url: str, roles: str) -> Bench:
         raise SystemExit(done.stdout[-4000:])
     on_node(f"mkdir -p /srv/bench; apt-get install -y -q unzip >/dev/null; docker pull -q {images['python']};"
             f" docker pull -q {images['rclone']}; cp /home/cc/.config/rclone/rclone.conf /srv/bench/")  # fmt: skip
-    nodes.execute(NODE, "tee", "/srv/bench/epoch.py", data=EPOCH.encode())
+    nodes.execute(NODE, "tee", PROGRAM, data=(Path(__file__).parent / "on_node.py").read_bytes())
     compose = tutorial.compose(url, archive.name, known["container"], images)
     nodes.execute(NODE, "tee", "/srv/bench/docker-compose-etl.yaml", data=compose.encode())
     nodes.execute(NODE, "python3", "-", url, TREE, data=tutorial.UNPACK.encode())
-    return Bench(url, known["container"], images, roles)
+    return Bench(url, known["container"], images, str(urlsplit(known["auth_url"]).hostname))
 
 
 def main() -> int:
@@ -357,14 +384,8 @@ def main() -> int:
     build = REPOSITORY / "build"
     (build / "bench-data.json").write_text(json.dumps(document, indent=2) + "\n")
     (build / "bench-data-all.json").write_text(json.dumps({**found, "delayed": slow}, indent=1) + "\n")
-    print(table(found))
+    print(table(found, slow))
     print("\n".join(f"{key:<22} {value:10.2f}" for key, value in document.items()))
-    if slow is None:
-        print("netem: this kernel hasn't it, so nothing was measured with a delay")
-    else:
-        for side in ("files", "packed"):
-            parts = [f"{what}_{side}_x {slow['tutorial'][what] / slow[side][what]:.1f}" for what in ("load", "first")]
-            print(f"with {DELAY_MS} ms: {', '.join(parts)}")
     return 0
 
 
