@@ -9,7 +9,8 @@
 
 rclone mounts the container at RAW, in two folders: `files` is all of it but .labctl, `labctl` is .labctl. A set of
 layout `packed` is squashfs images in there, each on a loop device, merged by overlay into one tree; everything else
-is shown as `files` has it. Runs as root; written by labctl (role rclone).
+is shown as `files` has it, less what loads that are under way, were cut off, or were replaced have put there. Runs as
+root; written by labctl (role rclone).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import os
 import stat
 import struct
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -119,9 +121,9 @@ def unmount(place: str | Path) -> bool:
     return False
 
 
-def mount(source: str, place: Path, kind: str, options: str = "") -> None:
-    """mount(2), read-only."""
-    flags = MS_RDONLY | MS_NOSUID | MS_NODEV
+def mount(source: str, place: Path, kind: str, options: str = "", flags: int = MS_RDONLY) -> None:
+    """mount(2), read-only if nothing else is said."""
+    flags |= MS_NOSUID | MS_NODEV
     result = libc.mount(os.fsencode(source), os.fsencode(place), kind.encode(), flags, options.encode())
     checked(result, f"mount {source} at {place} ({kind} {options[:80]})")
 
@@ -228,12 +230,29 @@ def in_labctl(name: str) -> Path:
     return RAW / "labctl" / rest
 
 
-def table(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The files of the set: path, size and hashes."""
+def table(name: str) -> list[dict[str, Any]]:
+    """The files that a table in the container names: path, size and hashes."""
     import gzip
 
-    with gzip.open(in_labctl(found["table"]), "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    path = in_labctl(name)
+    forget_size(path)
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
+        for row in rows:
+            if row["path"].startswith("/") or ".." in row["path"].split("/"):
+                raise ValueError(f"the path {row['path']}")
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, gzip.BadGzipFile) as error:
+        raise Failed(f"the container's {name} isn't a table that this labctl can read ({error})") from None
+    return rows
+
+
+def relist(config: dict[str, Any], **what: Any) -> None:
+    """Have rclone list folders anew, in place: forgotten ones would be taken from under who reads in them."""
+    answer = ask(config, "vfs/refresh", recursive="true", **what).get("result", {})
+    wrong = [f"{folder or 'the container'}: {word}" for folder, word in answer.items() if word != "OK"]
+    if wrong:
+        raise Failed(f"the store can't be listed: {wrong[0]}")
 
 
 def sha256(path: Path) -> str:
@@ -299,7 +318,7 @@ def verify(tree: Path, found: dict[str, Any]) -> None:
     with suppress(FileNotFoundError):
         if VERIFIED.read_text() == view_name(found):
             return
-    rows = table(found)
+    rows = table(found["table"])
     for row in rows[:: max(1, len(rows) // SAMPLES)][:SAMPLES]:
         path = tree / row["path"]
         if not path.is_file() or sha256(path) != row["sha256"]:
@@ -310,6 +329,69 @@ def verify(tree: Path, found: dict[str, Any]) -> None:
 def release(home: Path) -> bool:
     """Unmount what is below home, whatever the order; whether nobody held any of it open."""
     return all([unmount(place) for place, _, _ in reversed(mounts()) if place.startswith(f"{home}/")])
+
+
+# -- sets of files -------------------------------------------------------------------------------------------------
+
+
+def unfinished(found: dict[str, Any] | None) -> list[str]:
+    """Tables of what is in the container beside the committed set: of a load that is under way or was cut off (it
+    announces there what it is about to send), and of loads that the committed one replaced."""
+    with suppress(FileNotFoundError):
+        announced = [name for name in os.listdir(RAW / "labctl" / "tables") if name.startswith("pending-")]
+        replaced = [name for name in (found or {}).get("replaced", []) if in_labctl(name).exists()]
+        return [*(f".labctl/tables/{name}" for name in announced), *replaced]
+    return []
+
+
+def plain(config: dict[str, Any], found: dict[str, Any] | None, listed: bool) -> Path:
+    """The tree of a set of files, or of a container that labctl didn't load: all of it but what isn't committed.
+    `listed`: the container was listed just now."""
+    files = RAW / "files"
+    if not unfinished(found) and not (RAW / "labctl" / "pending.json").exists():
+        if not listed:
+            ask(config, "vfs/refresh", recursive="true", _async=True)  # warms the tree
+        return files
+    if not listed:
+        relist(config)
+    # Announced before it is sent: whatever the listing has of an unfinished load is in the tables that come after it.
+    relist(config, dir="labctl")
+    rows = [row for name in unfinished(found) for row in table(name)]
+    shown = {row["path"] for row in table(found["table"])} if found and rows else set()
+    hidden = {row["path"] for row in rows if not row.get("kept")} - shown
+    return without(files, hidden) if hidden else files
+
+
+def without(files: Path, hidden: set[str]) -> Path:
+    """The tree without some of its files, by an overlay of whiteouts that lies in memory."""
+    home = VIEWS / f"files-{time.time_ns()}"
+    cover, tree = home / "cover", home / "tree"
+    for place in (cover, tree):
+        place.mkdir(mode=0o755, parents=True)
+    try:
+        mount(SOURCE, cover, "tmpfs", "mode=0755", flags=0)
+        for path in sorted(covering(files, hidden)):
+            (cover / path).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            os.mknod(cover / path, stat.S_IFCHR, os.makedev(0, 0))
+        mount(SOURCE, tree, "overlay", f"lowerdir={cover}:{files}")
+    except BaseException:
+        release(home)
+        raise
+    return tree
+
+
+def covering(files: Path, hidden: set[str]) -> set[str]:
+    """What has to be covered for that: folders with nothing else in them as a whole, so that none is shown empty."""
+    gone = set(hidden)
+    parents = {str(parent) for path in hidden for parent in Path(path).parents} - {"."}
+    for folder in sorted(parents, key=lambda path: -path.count("/")):
+        try:
+            entries = os.listdir(files / folder)
+        except FileNotFoundError:
+            entries = []
+        if all(f"{folder}/{entry}" in gone for entry in entries):
+            gone.add(folder)
+    return {path for path in gone if not any(str(parent) in gone for parent in Path(path).parents)}
 
 
 # -- commands ------------------------------------------------------------------------------------------------------
@@ -341,7 +423,7 @@ def start(config: dict[str, Any]) -> dict[str, Any]:
     """Show what there is when rclone has just started. A set that is damaged is told and not shown: nothing else
     on this host needs to wait for it. A store that doesn't answer raises OSError; systemd tries again."""
     try:
-        return show(config)
+        return show(config, listed=False)
     except Failed as error:
         remember({"error": str(error)})
         print(f"object-view: {error}", file=sys.stderr)
@@ -351,16 +433,15 @@ def start(config: dict[str, Any]) -> dict[str, Any]:
 def refresh(config: dict[str, Any]) -> dict[str, Any]:
     """Show the committed version. Raises Failed or OSError, and then what was shown before is still there."""
     require_raw(config)
-    # all listings anew, in place: forgotten ones would take the folders from under who reads in them
-    ask(config, "vfs/refresh", recursive="true")
-    return show(config)
+    relist(config)
+    return show(config, listed=True)
 
 
-def show(config: dict[str, Any]) -> dict[str, Any]:
-    """Show what the manifest says, by the listings that rclone has."""
+def show(config: dict[str, Any], listed: bool) -> dict[str, Any]:
+    """Show what the manifest says. `listed`: rclone's listings are of just now."""
     found = manifest()
     layout, version = (found["layout"], found["version"]) if found else ("files", "")
-    source = packed(found) if found and layout == "packed" else RAW / "files"
+    source = packed(found) if found and layout == "packed" else plain(config, found, listed)
     before, shown = state(), {"layout": layout, "version": version, "source": str(source)}
     shown["objects"] = [shard["object"] for shard in found["shards"]] if found and layout == "packed" else []
     free = True

@@ -324,7 +324,8 @@ class _Load:
         here, version = self.here, version_of(layout.rows)
         table = f"{TABLES}/{version}.jsonl.gz"
         old = self.found.manifest
-        old_rows = self._committed()
+        before = replaced(old, table, self.found.control)
+        old_rows = {row.path: row for name in before for row in self.store.table(name)}
         shards = [asdict(shard) for shard in layout.shards] if here.layout == "packed" else []
         manifest = {
             "format": FORMAT, "dataset": here.described.name, "layout": here.layout, "version": version,
@@ -332,6 +333,7 @@ class _Load:
             "images": counts.images, "bytes": counts.bytes,
             "source": {"url": here.described.where, **source}, "table": table, "shards": shards,
             "recipe": here.described.recipe(here.layout), "superseded": superseded(old, shards),
+            "replaced": before,
         }  # fmt: skip
         self.job.step(f"show version {version} to readers")
         self.store.put(table, pack_table(layout.rows))
@@ -349,28 +351,26 @@ class _Load:
     def _clean(
         self, manifest: dict[str, Any], old_rows: Mapping[str, Row], layout: Any, in_use: set[str] | None
     ) -> None:
-        """Remove what nothing names any more: replaced files by the old table, and our own folder's leftovers."""
+        """Remove what nothing names any more: replaced files by the old tables, and then our own folder's leftovers."""
         self.job.step("remove what was replaced")
         wanted = {row.path for row in layout.rows} if self.here.layout == "files" else set()
         gone = {
             row.path: row for row in [*old_rows.values(), *self._begun()] if row.path not in wanted and not row.kept
         }
-        doomed = []
         if gone:
             there = self.store.listing()
             for path, row in gone.items():
-                if layouts.has(there, row):
-                    doomed.append(path)
-                elif path in there:
+                if path in there and not layouts.has(there, row):
                     self.job.note(f"{path} isn't what labctl loaded any more, so it stays.")
+            # before the tables that name them: as long as one is left, it is known whose it is, and hidden from readers
+            self.store.remove([path for path, row in gone.items() if layouts.has(there, row)])
         kept = {MANIFEST, manifest["table"], *(shard["object"] for shard in manifest["shards"])}
         if in_use is None:
             kept |= set(manifest["superseded"])
         else:
             kept |= set(manifest["superseded"]) & in_use
         own = (f"{PACKED}/", f"{TABLES}/", f"{INCOMING}/")
-        doomed += [path for path in self.store.control() if path.startswith(own) and path not in kept]
-        self.store.remove(doomed)
+        self.store.remove([path for path in self.store.control() if path.startswith(own) and path not in kept])
 
     def _forget(self) -> None:
         """After a refused source: no trace of this load."""
@@ -378,6 +378,14 @@ class _Load:
         names = (f"{TABLES}/pending-", f"{INCOMING}/{self.load_id}/")
         self.store.remove([path for path in control if path.startswith(names)])
         self.store.remove([PENDING])
+
+
+def replaced(old: Mapping[str, Any] | None, table: str, control: Mapping[str, Any]) -> list[str]:
+    """Tables of loads of files that this one replaces: the one before, and those that it didn't come to remove."""
+    tables = list((old or {}).get("replaced", []))
+    if old and old["layout"] == "files":
+        tables.append(old["table"])
+    return [name for name in dict.fromkeys(tables) if name != table and name in control]
 
 
 def superseded(old: Mapping[str, Any] | None, shards: list[dict[str, Any]]) -> list[str]:
