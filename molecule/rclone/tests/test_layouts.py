@@ -244,6 +244,7 @@ def test_an_expired_credential_is_told_and_a_new_one_heals(commit: Commit, made)
     said = json.loads(as_root(f"{VIEWS} status"))
     assert not said["mounted"]
     assert "application credential" in said["error"].lower(), said
+    assert "`labctl up` makes another" in said["error"]
     assert playbook("converge.yml").returncode == 0
     assert hashes() == files
     made.update(json.loads(STORE.read_text()))

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import queue
+import re
 import shutil
 import subprocess
 import threading
@@ -25,6 +26,11 @@ BLOCK = 1 << 20
 MEASURE_SECONDS = 0.5
 #: Bytes of sample images that `inspect` sends at most.
 SAMPLE_BYTES = 6 << 20
+#: How Keystone, Swift and S3 say that a credential has ended, was revoked or is wrong.
+REFUSED = re.compile(
+    r"application credential|\b40[13]\b|Unauthori[sz]ed|AccessDenied|InvalidAccessKeyId|SignatureDoesNotMatch",
+    re.IGNORECASE,
+)
 IMAGES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp", ".gif": "image/gif"}
 
 
@@ -40,6 +46,11 @@ def status(config: dict[str, Any]) -> dict[str, Any]:
         found["transfer"] = transfer(config)
     except (OSError, Failed, ValueError) as error:
         found["transfer"], found["error"] = None, found["error"] or last_words(config) or f"rclone: {error}"
+    said = found["error"] or (found["transfer"] or {}).get("last_error", "")
+    if REFUSED.search(said):
+        found["error"] = (
+            f"the store refuses this server's credential, and reads fail; `labctl up` makes another: {said}"
+        )
     return found
 
 
