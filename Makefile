@@ -90,6 +90,7 @@ test: lint unit sandbox ## everything that must pass before a change lands
 test-slow: sandbox ## the long soak
 	$(SUDO) $(BIN)/pytest -m slow tests/e2e tests/sandbox
 	$(SUDO) $(BIN)/pytest -m slow tests/cloud
+	$(SUDO) env LABCTL_TEST_MARKS=slow $(BIN)/molecule test -s rclone
 
 .PHONY: bench
 bench: sandbox ## build/bench.json: ping, cold and no-op converge, rebuild, and the tutorial by hand

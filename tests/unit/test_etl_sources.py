@@ -324,3 +324,13 @@ def test_a_table_reads_back_and_its_version_is_that_of_its_files() -> None:
     rows = [Row("b", 2, "s", "m"), Row("a", 1, "s", "m", kept=True)]
     assert read_table(pack_table(rows)) == sorted(rows, key=lambda row: row.path)
     assert version_of(rows) == version_of(rows[::-1]) != version_of(rows[:1])
+
+
+def test_what_was_replaced_stays_on_record_until_it_is_removed() -> None:
+    """By the tables of the replaced loads their files are hidden, found and removed; a packed load has no files."""
+    old = {"layout": "files", "table": "t/2", "replaced": ["t/0", "t/1"]}
+    control = dict.fromkeys(["t/1", "t/2", "t/3"])
+    assert load.replaced(old, "t/3", control) == ["t/1", "t/2"]
+    assert load.replaced(old, "t/2", control) == ["t/1"], "the same set once more replaces nothing of its own"
+    assert load.replaced({**old, "layout": "packed"}, "t/3", control) == ["t/1"]
+    assert load.replaced(None, "t/3", control) == []
