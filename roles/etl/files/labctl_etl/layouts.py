@@ -5,9 +5,10 @@ Both take files as they come and send while more come. What was sent by a run th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import queue
+import re
 import shutil
 import subprocess
 import tarfile
@@ -26,8 +27,11 @@ from labctl_etl.store import Store, Stored
 CHUNK = 1 << 20
 #: A file up to that size is held in memory, a larger one is put on the disk for a moment.
 IN_MEMORY = 32 << 20
-#: Files are announced in the container before they are sent, so many and so many bytes at a time.
-FIRST_BATCH, LAST_BATCH, BATCH_BYTES = 32, 512, 32 << 20
+#: Files are announced in the container before they are sent, so many and so many bytes at a time; so many batches are
+#: under way.
+FIRST_BATCH, LAST_BATCH, BATCH_BYTES, BATCHES = 32, 512, 16 << 20, 2
+#: Files that are moved to their place at the same time.
+MOVERS = 16
 #: The largest object that every store takes in one piece.
 OBJECT_LIMIT = 5_000_000_000
 #: A shard is at least so large; of a large set the later ones grow, so that there are never very many.
@@ -88,7 +92,9 @@ class Files:
     """One object a file. `before`: what the container holds; of that only what the `committed` load or one that was cut
     off (`begun`) put there is ever replaced.
 
-    A file that replaces one of the committed load goes beside it first, and is moved over it by `publish`.
+    Files are sent by the batch, while the next is filled: rclone takes a folder of memory (`outgoing`) at the store's
+    own speed, where a call for each file costs as much as the file. A file that replaces one of the committed load
+    goes beside it first, and is moved over it by `publish`.
     """
 
     def __init__(
@@ -97,27 +103,29 @@ class Files:
         job: Job,
         *,
         load_id: str,
+        journals: int,
         before: Mapping[str, Stored],
         committed: Mapping[str, Row],
         begun: Mapping[str, Row],
         workers: int,
         scratch: str,
+        outgoing: str,
     ) -> None:
         self.rows: list[Row] = []
         self.sent = self.sent_bytes = 0
         self.moves: list[tuple[str, str]] = []
         self.known: dict[str, Shard] = {}
-        self._store, self._job, self._load_id, self._scratch = store, job, load_id, scratch
+        self._store, self._job, self._load_id = store, job, load_id
+        self._scratch, self._outgoing = scratch, outgoing
         self._before, self._committed, self._begun = before, committed, begun
-        self._batch: list[tuple[Row, bytes | str, str]] = []
-        self._batch_bytes, self._limit, self._journals = 0, FIRST_BATCH, 0
+        self._batch = _Batch(outgoing)
+        self._limit, self._journals = FIRST_BATCH, journals
         self._put: list[str] = []
-        self._stopped = threading.Event()
-        self._queue: queue.Queue[tuple[Row, bytes | str, str] | None] = queue.Queue(workers * 2)
-        self._error: list[BaseException] = []
-        self._workers = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
-        for worker in self._workers:
-            worker.start()
+        self._stopped, self._lock = threading.Event(), threading.Lock()
+        self._transfers = max(1, workers // BATCHES)
+        self._pool = ThreadPoolExecutor(BATCHES)
+        self._room = threading.Semaphore(BATCHES)
+        self._errors: list[BaseException] = []
 
     def add(self, entry: Entry, path: str) -> None:
         """Read it, and send it unless the container has it."""
@@ -131,9 +139,8 @@ class Files:
             if isinstance(data, str):
                 os.unlink(data)
             return
-        self._batch.append((row, data, target))
-        self._batch_bytes += row.size
-        if len(self._batch) >= self._limit or self._batch_bytes >= BATCH_BYTES:
+        self._batch.add(row, target, data, is_new=row.path not in self._before)
+        if len(self._batch.targets) >= self._limit or self._batch.bytes >= BATCH_BYTES:
             self._flush()
 
     def _placed(self, row: Row) -> tuple[Row, str | None]:
@@ -168,69 +175,62 @@ class Files:
             while block := entry.read(CHUNK):
                 hashes.update(block)
                 file.write(block)
+        if hashes.size != entry.size:
+            raise Refused(entry.name, f"it has {hashes.size} bytes instead of {entry.size}")
         return path
 
     def _flush(self) -> None:
-        """Say in the container what is about to be sent, then send it."""
-        batch, self._batch, self._batch_bytes = self._batch, [], 0
-        if not batch:
+        """Send the batch in the background, as soon as there is room for it."""
+        batch = self._batch
+        if not batch.targets:
             return
-        self._limit = min(self._limit * 2, LAST_BATCH)
-        new = [row for row, _, _ in batch if row.path not in self._before]
-        if new:
-            self._store.put(journal(self._load_id, self._journals), pack_table(new), self._stopped)
-            self._journals += 1
-        for work in batch:
-            self._put.append(work[2])
-            while not self._error:
-                try:
-                    self._queue.put(work, timeout=0.5)
-                    break
-                except queue.Full:
-                    continue
+        while not self._room.acquire(timeout=0.5):
             self._raise()
+        self._batch = _Batch(self._outgoing)
+        self._limit = min(self._limit * 4, LAST_BATCH)
+        self._put += batch.targets
+        self._pool.submit(self._send, batch, journal(self._load_id, self._journals))
+        self._journals += 1
 
-    def _work(self) -> None:
-        while (work := self._queue.get()) is not None:
-            row, data, target = work
-            try:
-                if self._stopped.is_set():
-                    continue
-                if isinstance(data, str):
-                    self._store.put_file(data, target, self._stopped)
-                else:
-                    self._store.put(target, data, self._stopped)
-                self.sent += 1
-                self.sent_bytes += row.size
-                self._job.stages["load"].add(row.size)
-            except BaseException as error:
-                self._error.append(error)
-                self._stopped.set()
-            finally:
-                if isinstance(data, str):
-                    os.unlink(data)
+    def _send(self, batch: _Batch, announcement: str) -> None:
+        """Say in the container what is about to be sent, then send it."""
+        try:
+            if self._stopped.is_set():
+                return
+            if batch.new:
+                self._store.put(announcement, pack_table(batch.new), self._stopped)
+            for path, target, size in batch.large:
+                self._store.put_file(path, target, self._stopped)
+                self._told(size, 1)
+            self._store.send_folder(batch.folder, self._transfers, self._stopped, self._told)
+        except BaseException as error:
+            self._errors.append(error)
+            self._stopped.set()
+        finally:
+            batch.discard()
+            self._room.release()
+
+    def _told(self, size: int, files: int) -> None:
+        with self._lock:
+            self.sent += files
+            self.sent_bytes += size
+        self._job.stages["load"].add(size, files)
 
     def finish(self) -> None:
         """Send what is left and wait for it."""
         self._flush()
-        self._join()
+        self._pool.shutdown()
         self._raise()
 
-    def _join(self) -> None:
-        for _ in self._workers:
-            self._queue.put(None)
-        for worker in self._workers:
-            worker.join()
-        self._workers = []
-
     def _raise(self) -> None:
-        for error in self._error:
+        for error in self._errors:
             raise error
 
     def stop(self) -> None:
-        """Let the workers end."""
+        """Let what is being sent end."""
         self._stopped.set()
-        self._join()
+        self._pool.shutdown(cancel_futures=True)
+        self._batch.discard()
 
     def abort(self) -> None:
         """Remove what was not there before, of this run and of the one that it continued."""
@@ -240,13 +240,54 @@ class Files:
 
     def publish(self) -> None:
         """Put what replaces committed files in their place."""
-        with ThreadPoolExecutor(8) as pool:
+        with ThreadPoolExecutor(MOVERS) as pool:
             list(pool.map(lambda move: self._store.move(*move), self.moves))
+
+
+class _Batch:
+    """Files that are announced and sent together: in a folder as they are to lie in the container, but large ones."""
+
+    def __init__(self, parent: str) -> None:
+        self.folder = tempfile.mkdtemp(prefix="batch-", dir=parent)
+        self.targets: list[str] = []
+        self.new: list[Row] = []
+        self.large: list[tuple[str, str, int]] = []
+        self.bytes = 0
+        self._made = set[str]()
+
+    def add(self, row: Row, target: str, data: bytes | str, *, is_new: bool) -> None:
+        """One more: its content, or the file with it, which goes with the batch."""
+        self.targets.append(target)
+        if is_new:
+            self.new.append(row)
+        if isinstance(data, str):
+            self.large.append((data, target, row.size))
+            return
+        below = os.path.dirname(target)
+        if below not in self._made:
+            os.makedirs(os.path.join(self.folder, below), exist_ok=True)
+            self._made.add(below)
+        with open(os.path.join(self.folder, target), "xb") as file:
+            file.write(data)
+        self.bytes += row.size
+
+    def discard(self) -> None:
+        """Nothing of it is left on this host."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for path, _, _ in self.large:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
 
 
 def journal(load_id: str, number: int) -> str:
     """Where a load says which objects it is about to send."""
     return f"{TABLES}/pending-{load_id}-{number:05d}.jsonl.gz"
+
+
+def next_journal(load_id: str, control: Iterable[str]) -> int:
+    """The first number that no journal of the load has: what a run before this one announced must not be forgotten."""
+    names = [re.fullmatch(rf"{TABLES}/pending-{re.escape(load_id)}-(\d+)\.jsonl\.gz", path) for path in control]
+    return max((int(name[1]) + 1 for name in names if name), default=0)
 
 
 class Packed:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -32,7 +33,7 @@ from labctl_etl.model import (
     pack_table,
     version_of,
 )
-from labctl_etl.rclone import running
+from labctl_etl.rclone import RUN, running
 from labctl_etl.rules import Sorter
 from labctl_etl.store import Store, Stored
 
@@ -41,7 +42,9 @@ SCRATCH = sources.SPOOL
 VIEW = "/usr/local/lib/labctl/object-view"
 MOUNT_UNIT = "rclone-object.service"
 #: Up to so many objects, an unchanged set is compared with a whole listing; of a larger one only a folder is looked at.
-LIST_WHOLE = 2500
+LIST_WHOLE = 900
+#: Free memory, in bytes, from which on files wait there for being sent.
+MEMORY = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Settings:
     remote: str = "chi_tacc"
     rclone_config: str = "/etc/rclone/rclone.conf"
     shard_bytes: int = 256 << 20
-    workers: int = 8
+    workers: int = 32
     described: Dataset = field(init=False)
 
     def __post_init__(self) -> None:
@@ -116,6 +119,18 @@ def _scratch() -> Iterator[str]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(os.path.join(RUN, "outgoing"), ignore_errors=True)
+
+
+def outgoing(scratch: str) -> str:
+    """Where files wait for being sent: memory, or the disk of a host that has hardly any. Emptied with the scratch."""
+    memory = os.statvfs(RUN)
+    if memory.f_bavail * memory.f_frsize < MEMORY:
+        return tempfile.mkdtemp(prefix="outgoing-", dir=scratch)
+    path = os.path.join(RUN, "outgoing")
+    shutil.rmtree(path, ignore_errors=True)
+    os.mkdir(path, 0o700)
+    return path
 
 
 def open_source(described: Dataset, store: Store, is_known: Callable[[dict[str, Any]], bool]) -> sources.Source:
@@ -245,8 +260,9 @@ class _Load:
         before = {path: one for path, one in self.store.listing().items() if not path.startswith(f"{CONTROL}/")}
         begun = {row.path: row for row in self._begun() if layouts.has(before, row)}
         return layouts.Files(
-            self.store, self.job, load_id=self.load_id, before=before, committed=self._committed(), begun=begun,
-            workers=self.here.workers, scratch=self.scratch,
+            self.store, self.job, load_id=self.load_id, journals=layouts.next_journal(self.load_id, self.found.control),
+            before=before, committed=self._committed(), begun=begun, workers=self.here.workers, scratch=self.scratch,
+            outgoing=outgoing(self.scratch),
         )  # fmt: skip
 
     def _committed(self) -> dict[str, Row]:

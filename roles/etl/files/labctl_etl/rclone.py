@@ -29,6 +29,10 @@ START_SECONDS = 30
 #: How long a store may be away, in seconds, before a load gives up; rclone's own attempts are part of it.
 PATIENCE = 600
 CALL_SECONDS = 3600
+#: What an upload out of memory may have, in bytes.
+UPLOAD_SIZES = (1 << 18, 1 << 22, 1 << 28)
+#: Seconds between looks at a long command: the first and the longest.
+LOOK_FIRST, LOOK_LAST = 0.03, 0.3
 REFUSED = re.compile(
     r"\b(401|403)\b|Unauthori[sz]ed|Forbidden|Authorization Failed|AccessDenied|InvalidAccessKeyId"
     r"|SignatureDoesNotMatch",
@@ -62,7 +66,7 @@ class Rclone:
 
     def __init__(self, folder: str, process: subprocess.Popen[bytes]) -> None:
         self.socket, self._process = os.path.join(folder, "rc.sock"), process
-        self._folder, self._local = folder, threading.local()
+        self.folder, self._local = folder, threading.local()
         self.ended = threading.Event()
 
     def call(self, command: str, **parameters: Any) -> dict[str, Any]:
@@ -70,6 +74,22 @@ class Rclone:
         body = json.dumps(parameters).encode()
         answer: dict[str, Any] = json.loads(self._ask("POST", f"/{command}", body, "application/json") or b"{}")
         return answer
+
+    def follow(self, command: str, look: Callable[[], object], stop: threading.Event, **parameters: Any) -> None:
+        """A long command; `look` is called now and then. It is given up when `stop` is set. StoreError if it fails."""
+        job = self.call(command, _async=True, **parameters)["jobid"]
+        pause, stopped = LOOK_FIRST, False
+        while not (found := self.call("job/status", jobid=job))["finished"]:
+            if not stopped and stop.wait(pause):
+                stopped = True
+                with contextlib.suppress(StoreError):
+                    self.call("job/stop", jobid=job)
+            elif stopped:
+                time.sleep(pause)  # what is being sent must be over before anything is removed
+            pause = min(LOOK_LAST, pause * 1.5)
+            look()
+        if not found["success"]:
+            raise StoreError(str(found["error"]), 500)
 
     def get(self, fs: str, path: str) -> bytes:
         """An object's content. StoreError with status 404 where there is none."""
@@ -84,8 +104,10 @@ class Rclone:
         quoted = name.replace("\\", "\\\\").replace('"', '\\"')
         head = f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{quoted}"\r\n\r\n'
         body = b"".join((head.encode(), data, f"\r\n--{boundary}--\r\n".encode()))
-        # what is not larger than that is sent as it is; more would be cut into segments
-        settings = json.dumps({"StreamingUploadCutoff": len(data) + 1})
+        # what is not larger than that is sent as it is; more would be cut into segments. rclone keeps so much memory
+        # for it, and logs in anew for every other value
+        cutoff = next(size for size in UPLOAD_SIZES if size > len(data))
+        settings = json.dumps({"StreamingUploadCutoff": cutoff})
         query = urllib.parse.urlencode({"fs": fs, "remote": folder, "_config": settings})
         self._ask("POST", f"/operations/uploadfile?{query}", body, f"multipart/form-data; boundary={boundary}")
 
@@ -112,7 +134,7 @@ class Rclone:
 
     def last_words(self) -> str:
         """The end of rclone's log."""
-        with contextlib.suppress(OSError), open(os.path.join(self._folder, "log"), errors="replace") as log:
+        with contextlib.suppress(OSError), open(os.path.join(self.folder, "log"), errors="replace") as log:
             return log.read()[-400:].strip()
         return ""
 
@@ -159,9 +181,15 @@ def _await(rclone: Rclone, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.02)
 
 
-def patient(what: str, ask: Callable[[], Any], stop: threading.Event | None = None) -> Any:
-    """Ask until the store answers, for PATIENCE seconds. What it refuses for good is told at once, as a Failure."""
+def patient(
+    what: str, ask: Callable[[], Any], stop: threading.Event | None = None, left: Callable[[], int] | None = None
+) -> Any:
+    """Ask until the store answers, for PATIENCE seconds. What it refuses for good is told at once, as a Failure.
+
+    `left`: how much there is still to do; as long as that gets less, the store isn't away.
+    """
     deadline, pause = time.monotonic() + PATIENCE, 0.5
+    known = left() if left else 0
     while True:
         try:
             return ask()
@@ -171,6 +199,8 @@ def patient(what: str, ask: Callable[[], Any], stop: threading.Event | None = No
             text = str(error)
             if (failure := _final(what, text)) is not None:
                 raise failure from None
+            if left is not None and (now := left()) < known:
+                known, deadline, pause = now, time.monotonic() + PATIENCE, 0.5
             if time.monotonic() > deadline or error.status == 0:
                 raise Failure(
                     f"The object store doesn't answer: {what}.",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,8 @@ from labctl_etl.rclone import Rclone, StoreError, patient
 
 #: What an object is listed with. Times would cost a request each.
 LIST = {"filesOnly": True, "showHash": True, "hashTypes": ["md5"], "noModTime": True, "noMimeType": True}
-#: Removals at the same time.
-REMOVERS = 8
+#: Removals at the same time, and from how many on they go by a list: one by one, each costs a HEAD beside the DELETE.
+REMOVERS, BY_LIST = 32, 4
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,30 @@ class Store:
         except StoreError:
             return
 
+    def send_folder(self, folder: str, transfers: int, stop: threading.Event, told: Callable[[int, int], None]) -> None:
+        """Every file below a folder of this host to the same path here: `transfers` at a time, a PUT each, by MD5.
+
+        A file leaves the folder when the store has it. `told` hears of that: (bytes, files).
+        """
+        there = files_below(folder)
+
+        def look() -> int:
+            nonlocal there
+            now = files_below(folder)
+            gone = there.keys() - now.keys()
+            told(sum(there[path] for path in gone), len(gone))
+            there = now
+            return len(now)
+
+        def ask() -> None:
+            # without the look at what is there: it would cost a listing, and who sends knows it
+            options = {"Transfers": transfers, "NoCheckDest": True, "NoTraverse": True}
+            self.rclone.follow("sync/move", look, stop, srcFs=folder, dstFs=self._fs, _config=options)
+            if left := look():
+                raise StoreError(f"{left} files weren't sent", 500)
+
+        patient(f"writing into {self.container}", ask, stop, look)
+
     def remove(self, paths: Iterable[str]) -> int:
         """Remove objects; one that isn't there is no error. Returns how many were asked for."""
 
@@ -95,9 +120,32 @@ class Store:
                 return
 
         wanted = list(paths)
-        with ThreadPoolExecutor(REMOVERS) as pool:
-            list(pool.map(one, wanted))
+        if len(wanted) < BY_LIST or not self._remove_by_list(wanted):
+            with ThreadPoolExecutor(REMOVERS) as pool:
+                list(pool.map(one, wanted))
         return len(wanted)
+
+    def _remove_by_list(self, wanted: list[str]) -> bool:
+        """Remove just these by one command. False where it isn't certain that nothing else would go, or it failed."""
+        folder = os.path.commonpath([os.path.dirname(path) for path in wanted])
+        names = {os.path.relpath(path, folder) if folder else path for path in wanted}
+        if any("\n" in name for name in names):
+            return False
+        with tempfile.NamedTemporaryFile("w", dir=self.rclone.folder, encoding="utf-8") as file:
+            file.write("".join(f"{name}\n" for name in sorted(names)))
+            file.flush()
+            chosen = {"fs": f"{self._fs}/{folder}" if folder else self._fs, "_filter": {"FilesFromRaw": [file.name]}}
+            options = {"UseListR": True, "Checkers": REMOVERS, "Transfers": REMOVERS}
+            try:
+                # what the filter chooses, before it chooses what is removed
+                found = self.rclone.call("operations/list", **chosen, _config=options, remote="",
+                                         opt={**LIST, "showHash": False, "recurse": True})["list"] or []  # fmt: skip
+                if not {row["Path"] for row in found} <= names:
+                    return False
+                self.rclone.call("operations/delete", **chosen, _config={**options, "MaxDelete": len(names)})
+            except StoreError:
+                return False
+        return True
 
     def control(self) -> dict[str, Stored]:
         """What is ours beside the data."""
@@ -144,3 +192,16 @@ class Store:
         """(fs, path) of CONTAINER/PATH in the same store, as rclone takes them."""
         container, _, path = prefix.strip("/").partition("/")
         return f"{self._remote}:{container}", path
+
+
+def files_below(folder: str) -> dict[str, int]:
+    """{path: bytes} of the files below a folder, some of which may go meanwhile."""
+    found = {}
+    for at, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(at, name)
+            try:
+                found[path] = os.stat(path).st_size
+            except FileNotFoundError:
+                continue
+    return found
