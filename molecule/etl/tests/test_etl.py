@@ -7,52 +7,13 @@ import io
 import json
 import os
 import subprocess
-import sys
 import tarfile
-import threading
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-SCENARIO = Path(__file__).parents[1]
-PROJECT = SCENARIO.parents[1]
-sys.path[:0] = [str(PROJECT / "tests"), str(SCENARIO.parent / "rclone")]
-
-import food11  # noqa: E402
-import nodes  # noqa: E402
-import store  # noqa: E402
-
-NODE = "etl"
-PROGRAM = "/usr/local/lib/labctl/labctl_etl"
-WORK = Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"])
-GATEWAY = os.environ.get("LABCTL_TEST_GATEWAY", "172.29.0.1")
-
-
-@pytest.fixture(scope="module")
-def objects() -> Any:
-    """A function that lists the container: {name: MD5}."""
-    cloud = store.connect()
-    container = json.loads((WORK / "store.json").read_text())["container"]
-    return lambda: {item.name: item.etag for item in cloud.object_store.objects(container)}
-
-
-@pytest.fixture
-def served() -> Iterator[Any]:
-    """`served(path)` puts a file on an HTTP server that the node reaches; returns its URL."""
-    running = []
-
-    def serve(path: Path) -> str:
-        server = food11.server(path, GATEWAY, 0)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        running.append(server)
-        return f"http://{GATEWAY}:{server.server_address[1]}/{path.name}"
-
-    yield serve
-    for server in running:
-        server.shutdown()
+from loads import NODE, PROJECT, SCENARIO, WORK, killed, load, nodes, small_set, store
 
 
 def run(tmp_path: Path, layout: str, **dataset: str) -> subprocess.CompletedProcess[str]:
@@ -100,34 +61,6 @@ def test_the_secret_is_in_no_generated_file_or_inspection() -> None:
     secret = json.loads((WORK / "store.json").read_text())["application_credential_secret"]
     seen = nodes.execute(NODE, "sh", "-c", "cat /etc/labctl/* /run/labctl-etl/*.json; ps axww -o args")
     assert secret not in seen
-
-
-def load(*arguments: str, check: bool = True) -> dict[str, Any]:
-    """The program with the settings of the last run; its last word."""
-    nodes.execute(NODE, "python3", PROGRAM, "load", "--job", "test", *arguments, check=check)
-    found: dict[str, Any] = json.loads(nodes.execute(NODE, "cat", "/run/labctl-etl/job-test.json"))
-    return found
-
-
-def small_set(path: Path, prefix: str, count: int) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        for n in range(count):
-            info = zipfile.ZipInfo(f"training/10_{prefix}{n}.jpg", food11.TIMESTAMP)
-            archive.writestr(info, hashlib.sha256(f"{prefix}{n}".encode()).digest() * 100)
-
-
-@pytest.fixture
-def described(served: Any) -> Iterator[Any]:
-    """`described(file, **settings)` gives the program a dataset and settings, as the role would; undone at the end."""
-    kept = nodes.execute(NODE, "cat", "/etc/labctl/etl.json")
-
-    def give(path: Path, sha256: str = "", **more: Any) -> None:
-        document = json.loads(kept)
-        document["dataset"] |= {"name": "part", "url": served(path), "sha256": sha256}
-        nodes.execute(NODE, "tee", "/etc/labctl/etl.json", data=json.dumps({**document, **more}).encode())
-
-    yield give
-    nodes.execute(NODE, "tee", "/etc/labctl/etl.json", data=kept.encode())
 
 
 @pytest.mark.parametrize("layout", ["files", "packed"])
@@ -189,10 +122,10 @@ def test_a_killed_load_is_completed_by_the_next_which_sends_only_what_is_missing
     foreign = {name for name in objects() if not name.startswith((".labctl/", "evaluation/", "validation/"))}
     foreign &= set(store.objects())
     small_set(tmp_path / "k.zip", "k", 300)
-    described(tmp_path / "k.zip", workers=1)
-    kill = f"python3 {PROGRAM} load --job killed & P=$!; sleep 6; kill -9 $P; wait $P 2>/dev/null; true"
-    nodes.execute(NODE, "bash", "-c", kill)
+    described(tmp_path / "k.zip", workers=2)
+    assert killed("files", "extract", images=40)
     there = {name for name in objects() if "/10_k" in name}
+    assert 40 <= len(there) < 300
     assert "evaluation/class_00/0_0.jpg" in objects(), "what readers see stays until the new set is complete"
     found = load()["result"]
     assert found["images"] == 300
