@@ -28,6 +28,8 @@ def parser() -> argparse.ArgumentParser:
     loading.add_argument("--settings", default=load.SETTINGS)
     loading.add_argument("--layout", choices=LAYOUTS, default="", help="instead of the settings'")
     loading.add_argument("--restart", action="store_true", help="forget what a run that was cut off has sent")
+    loading.add_argument("--first", type=float, default=0, help="of a list: where to begin, as a share of it (0 to 1)")
+    loading.add_argument("--share", action="store_true", help="of a list: only what no other host has; don't show it")
     start = verbs.add_parser("start", help="run a command as a unit of its own")
     start.add_argument("arguments", nargs=argparse.REMAINDER)
     wait = verbs.add_parser("wait", help="tell a job's progress")
@@ -42,7 +44,7 @@ def work(args: argparse.Namespace, running: job.Job) -> dict[str, Any]:
     here = load.settings(args.settings)
     if args.layout:
         here = replace(here, layout=args.layout)
-    return load.load(here, running, restart=args.restart)
+    return load.load(here, running, restart=args.restart, first=args.first, commit=not args.share)
 
 
 def main() -> int:

@@ -16,11 +16,12 @@ import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from labctl_etl.errors import Failure, Refused
 from labctl_etl.job import Job
-from labctl_etl.model import INCOMING, TABLES, Row, Shard, pack_table, version_of
+from labctl_etl.model import INCOMING, TABLES, Counts, Row, Shard, pack_table, version_of
 from labctl_etl.sources import Entry
 from labctl_etl.store import Store, Stored
 
@@ -30,8 +31,6 @@ IN_MEMORY = 32 << 20
 #: Files are announced in the container before they are sent, so many and so many bytes at a time; so many batches are
 #: under way.
 FIRST_BATCH, LAST_BATCH, BATCH_BYTES, BATCHES = 32, 512, 16 << 20, 2
-#: Files that are moved to their place at the same time.
-MOVERS = 16
 #: The largest object that every store takes in one piece.
 OBJECT_LIMIT = 5_000_000_000
 #: A shard is at least so large; of a large set the later ones grow, so that there are never very many.
@@ -44,6 +43,9 @@ class Layout(Protocol):
     """What a load needs of a layout."""
 
     rows: list[Row]
+    shards: list[Shard]
+    moves: list[tuple[str, str]]
+    known: dict[str, Shard]
     sent: int
     sent_bytes: int
 
@@ -94,7 +96,7 @@ class Files:
 
     Files are sent by the batch, while the next is filled: rclone takes a folder of memory (`outgoing`) at the store's
     own speed, where a call for each file costs as much as the file. A file that replaces one of the committed load
-    goes beside it first, and is moved over it by `publish`.
+    goes beside it first (`moves`).
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class Files:
         self.rows: list[Row] = []
         self.sent = self.sent_bytes = 0
         self.moves: list[tuple[str, str]] = []
+        self.shards: list[Shard] = []
         self.known: dict[str, Shard] = {}
         self._store, self._job, self._load_id = store, job, load_id
         self._scratch, self._outgoing = scratch, outgoing
@@ -238,11 +241,6 @@ class Files:
         begun = [row.path for row in self._begun.values() if row.path not in self._committed]
         self._store.remove({*self._put, *begun})
 
-    def publish(self) -> None:
-        """Put what replaces committed files in their place."""
-        with ThreadPoolExecutor(MOVERS) as pool:
-            list(pool.map(lambda move: self._store.move(*move), self.moves))
-
 
 class _Batch:
     """Files that are announced and sent together: in a folder as they are to lie in the container, but large ones."""
@@ -311,6 +309,7 @@ class Packed:
     ) -> None:
         self.rows: list[Row] = []
         self.shards: list[Shard] = []
+        self.moves: list[tuple[str, str]] = []
         self.sent = self.sent_bytes = 0
         self._store, self._job, self._prefix, self.known = store, job, prefix, dict(known)
         self._keep = keep
@@ -415,9 +414,8 @@ class Packed:
     def abort(self) -> None:
         """Remove what this load sent, but what readers see."""
         self.stop()
-        self._store.remove(
-            path for path in self._store.listing(os.path.dirname(self._prefix)) if path not in self._keep
-        )
+        there = self._store.listing(os.path.dirname(self._prefix))
+        self._store.remove(path for path in there if path.startswith(self._prefix) and path not in self._keep)
 
 
 class _Image:
@@ -506,6 +504,26 @@ class _Image:
             found=said[-300:],
             next_step="make room on the server (df -h), then labctl etl again" if full else "labctl etl again",
         )
+
+
+@dataclass
+class Loaded:
+    """What a source (or a list of them) came to: it is in the store, and nobody sees it yet."""
+
+    rows: list[Row]
+    shards: list[Shard]
+    moves: list[tuple[str, str]]
+    counts: Counts
+    classes: tuple[str, ...]
+    source: dict[str, Any]
+    sent: int
+    sent_bytes: int
+
+
+def identity_of(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """The strongest that is known of a source: its hash, its directory, or its server's word."""
+    key = next((key for key in ("sha256", "index", "etag", "modified") if fingerprint.get(key)), "")
+    return {"bytes": fingerprint.get("bytes"), key: fingerprint[key]} if key else {}
 
 
 def known_shards(shards: Iterable[Mapping[str, Any]], prefix: str, stored: Mapping[str, Stored]) -> dict[str, Shard]:

@@ -6,23 +6,28 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from labctl_etl import layouts, sources
 from labctl_etl.errors import Failure, Refused
 from labctl_etl.job import Job, locked
+from labctl_etl.layouts import Loaded, identity_of
+from labctl_etl.lease import LEASES, Lease, host_id
 from labctl_etl.model import (
     CONTROL,
     FORMAT,
     INCOMING,
     MANIFEST,
     PACKED,
+    PARTS,
     PENDING,
     TABLES,
     Counts,
@@ -45,6 +50,8 @@ MOUNT_UNIT = "rclone-object.service"
 LIST_WHOLE = 900
 #: Free memory, in bytes, from which on files wait there for being sent.
 MEMORY = 256 << 20
+#: Files that are moved to their place at the same time.
+MOVERS = 16
 
 
 @dataclass(frozen=True)
@@ -78,14 +85,30 @@ class Found:
     manifest: dict[str, Any] | None
     pending: dict[str, Any] | None
 
+    @property
+    def leftovers(self) -> bool:
+        """Whether the load that readers see replaced something that wasn't removed yet."""
+        tables = {name for name in self.control if name.startswith(f"{TABLES}/pending-")}
+        return bool(self.manifest and (tables or set(self.manifest.get("replaced", [])) & self.control.keys()))
 
-def load(here: Settings, job: Job, *, restart: bool = False) -> dict[str, Any]:
-    """Load the set unless the container has it. `restart`: forget what a run that was cut off has sent."""
+
+def load(
+    here: Settings, job: Job, *, restart: bool = False, first: float = 0, commit: bool = True
+) -> dict[str, Any]:  # fmt: skip
+    """Load the set unless the container has it. `restart`: forget what a run that was cut off has sent.
+
+    Of a list of archives, several hosts may load at the same time: each begins at its own place (`first`, 0 to 1), and
+    all but one without `commit`.
+    """
     with locked(), _scratch() as scratch, running(here.rclone_config, scratch) as rclone:
         store = Store(rclone, here.remote, here.container)
         job.step(f"look into {here.container}")
         control = store.control()
         found = Found(control, store.manifest(control), store.document(PENDING, control))
+        if found.pending is None and found.leftovers:
+            # of a load that was shown, and cut off while it removed what it replaced
+            SingleLoad(here, job, store, found, scratch).finish_cleaning()
+            found = Found(store.control(), found.manifest, None)
         if restart and found.pending is not None:
             found.pending = {}
         described, recipe = here.described, here.described.recipe(here.layout)
@@ -97,15 +120,21 @@ def load(here: Settings, job: Job, *, restart: bool = False) -> dict[str, Any]:
                 return False
             return same_source(manifest["source"], fingerprint) and _whole(store, found)
 
+        if described.urls:
+            from labctl_etl import spread
+
+            return spread.load(here, job, store, found, scratch, first=first, commit=commit, is_known=is_known)
+        if not commit:
+            return {"changed": False, "parts": 0, "container": here.container}
         try:
             opened = open_source(described, store, is_known)
         except sources.Known:
-            return _unchanged(found.manifest or {}, here)
+            return unchanged(found.manifest or {}, here)
         with contextlib.closing(opened) as source:
             fingerprint = source.fingerprint()
             if is_known(fingerprint):
-                return _unchanged(found.manifest or {}, here)
-            return _Load(here, job, store, found, scratch).run(source, fingerprint)
+                return unchanged(found.manifest or {}, here)
+            return SingleLoad(here, job, store, found, scratch).run(source, fingerprint)
 
 
 @contextlib.contextmanager
@@ -152,12 +181,6 @@ def same_source(known: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     return bool(identity) and {key: known.get(key) for key in identity} == identity
 
 
-def identity_of(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """The strongest that is known of a source: its hash, its directory, or its server's word."""
-    key = next((key for key in ("sha256", "index", "etag", "modified") if fingerprint.get(key)), "")
-    return {"bytes": fingerprint.get("bytes"), key: fingerprint[key]} if key else {}
-
-
 def _whole(store: Store, found: Found) -> bool:
     """Whether the container still has what the manifest says, as far as a few requests tell."""
     manifest = found.manifest
@@ -175,7 +198,8 @@ def _whole(store: Store, found: Found) -> bool:
     return not layouts.unmatched(part, store.listing(folder))
 
 
-def _unchanged(manifest: Mapping[str, Any], here: Settings) -> dict[str, Any]:
+def unchanged(manifest: Mapping[str, Any], here: Settings) -> dict[str, Any]:
+    """The answer where there was nothing to do."""
     return {**_told(manifest), "changed": False, "sent": 0, "sent_bytes": 0, "container": here.container}
 
 
@@ -184,41 +208,69 @@ def _told(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: manifest[key] for key in keys}, "shards": len(manifest["shards"])}
 
 
-class _Load:
-    """One load that has something to do."""
+def known_by(store: Store, holder: str) -> Lease:
+    """The container's lease: one load at a time works in it, of one host or of several that load the same list."""
+    lease = Lease(store, "load", holder)
+    if not lease.take(wait=True, settle=holder.startswith("load ")):
+        raise AssertionError("waiting ends with the lease")
+    return lease
 
-    def __init__(self, here: Settings, job: Job, store: Store, found: Found, scratch: str) -> None:
+
+class SingleLoad:
+    """A load of one source that has something to do; `part` (load, number): it is one of a list."""
+
+    def __init__(
+        self, here: Settings, job: Job, store: Store, found: Found, scratch: str, *,
+        described: Dataset | None = None, part: tuple[str, int] | None = None, check: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
         self.here, self.job, self.store, self.found, self.scratch = here, job, store, found, scratch
+        self.described, self.part, self._check = described or here.described, part, check or (lambda: None)
+        self.load_id = "" if part is None else f"{part[0]}-{part[1]:04d}"
 
     def run(self, source: sources.Source, fingerprint: dict[str, Any]) -> dict[str, Any]:
         """Read, send, prove, show, clean up."""
-        described = self.here.described
-        sorter = Sorter(described, source.names)
+        lease = known_by(self.store, host_id(sources.SPOOL))
+        self._check = lease.check
+        try:
+            self.load_id = self.id_of(fingerprint)
+            return self.conclude(self.fill(source, fingerprint))
+        except Refused:
+            self.forget()
+            raise
+        except Failure as failure:
+            if failure.kind == "safety_stop":
+                self.forget()
+            raise
+        finally:
+            lease.release()
+
+    def fill(self, source: sources.Source, fingerprint: dict[str, Any]) -> Loaded:
+        """Send all of the source that isn't there. What was sent is taken back where the source is refused."""
+        sorter = Sorter(self.described, source.names)
         if sorter.needs_labels:
             self._read_labels(source, sorter)
         places = self._plan(source, sorter)
-        self.load_id = self._id(fingerprint)
         layout = self._layout()
-        self._announce(layout.known.values())
+        self.announce(layout.known.values())
         try:
             counts = self._read(source, sorter, places, layout)
             layout.finish()
             sha256 = self._prove_source(source)
-            self._prove(layout)
         except Failure as failure:
             if isinstance(failure, Refused) or failure.kind == "safety_stop":
                 layout.abort()
-                self._forget()
             else:
                 layout.stop()
             raise
         except BaseException:
             layout.stop()
             raise
-        return self._commit(layout, counts, sorter, {**fingerprint, "sha256": sha256, "bytes": source.position()})
+        known = {**fingerprint, "sha256": sha256, "bytes": source.position()}
+        return Loaded(layout.rows, layout.shards, layout.moves, counts, tuple(sorter.classes), known,
+                      layout.sent, layout.sent_bytes)  # fmt: skip
 
     def _read_labels(self, source: sources.Source, sorter: Sorter) -> None:
-        data = source.peek(self.here.described.labels_entry)
+        data = source.peek(self.described.labels_entry)
         if data is None:
             raise Failure(
                 "The labels of a tar must be known before it is read.", kind="usage",
@@ -238,7 +290,7 @@ class _Load:
             self.job.stages[stage].total_images = images
         return places
 
-    def _id(self, fingerprint: Mapping[str, Any]) -> str:
+    def id_of(self, fingerprint: Mapping[str, Any]) -> str:
         """The same for the same source and recipe, so that a load that was cut off is found again."""
         identity = identity_of(fingerprint)
         if not identity:
@@ -249,13 +301,14 @@ class _Load:
     def _layout(self) -> Any:
         pending = self.found.pending
         if self.here.layout == "packed":
-            prefix = f"{PACKED}/{self.load_id}/"
+            prefix = f"{PACKED}/{self.part[0]}/{self.part[1]:04d}-" if self.part else f"{PACKED}/{self.load_id}/"
             committed = (self.found.manifest or {}).get("shards", [])
-            known = layouts.known_shards([*committed, *(pending or {}).get("shards", [])], prefix, self.found.control)
+            begun = (self._announced_shards() if self.part else pending) or {}
+            known = layouts.known_shards([*committed, *begun.get("shards", [])], prefix, self.found.control)
             keep = {shard["object"] for shard in committed}
             return layouts.Packed(
                 self.store, self.job, prefix=prefix, known=known, keep=keep,
-                shard_bytes=self.here.shard_bytes, scratch=self.scratch, announce=self._announce,
+                shard_bytes=self.here.shard_bytes, scratch=self.scratch, announce=self.announce,
             )  # fmt: skip
         before = {path: one for path, one in self.store.listing().items() if not path.startswith(f"{CONTROL}/")}
         begun = {row.path: row for row in self._begun() if layouts.has(before, row)}
@@ -274,19 +327,35 @@ class _Load:
 
     def _begun(self) -> list[Row]:
         """What loads that were cut off have announced."""
-        names = [name for name in self.found.control if name.startswith(f"{TABLES}/pending-")]
+        names = [name for name in self.found.control if re.match(rf"{TABLES}/pending-.*\.jsonl\.gz$", name)]
         rows = [row for name in names for row in self.store.table(name)]
         if self.found.pending is None and rows:
             self.job.note("The container has traces of an unfinished load; they are cleaned up.")
         return rows
 
-    def _announce(self, shards: Iterable[Shard]) -> None:
-        """Say in the container that a load is under way, and which images of it are there."""
-        described = self.here.described
+    def _shards_path(self) -> str:
+        load, number = self.part or ("", 0)
+        return f"{PARTS}/{load}/{number:04d}-shards.json"
+
+    def _announced_shards(self) -> dict[str, Any]:
+        """What a run that was cut off says of this part's images."""
+        path = self._shards_path()
+        with contextlib.suppress(ValueError):
+            return dict(json.loads(self.store.get(path) or b"{}")) if path in self.found.control else {}
+        return {}
+
+    def announce(self, shards: Iterable[Shard]) -> None:
+        """Say in the container that a load is under way, and which images of it are there; of a part, beside that."""
+        self._check()
+        described, sent = self.here.described, [asdict(shard) for shard in shards]
+        if self.part is not None:
+            if sent:
+                self.store.put_json(self._shards_path(), {"shards": sent})
+            return
         self.store.put_json(PENDING, {
             "format": FORMAT, "dataset": described.name, "layout": self.here.layout, "load": self.load_id,
             "recipe": described.recipe(self.here.layout), "source": {"url": described.where},
-            "table": f"{TABLES}/pending-{self.load_id}-*.jsonl.gz", "shards": [asdict(shard) for shard in shards],
+            "table": f"{TABLES}/pending-{self.load_id}-*.jsonl.gz", "shards": sent,
         })  # fmt: skip
 
     def _read(self, source: sources.Source, sorter: Sorter, places: Any, layout: layouts.Layout) -> Counts:
@@ -295,6 +364,7 @@ class _Load:
         extract, transform = self.job.stages["extract"], self.job.stages["transform"]
         extract.total_bytes = source.total
         for entry in source.entries():
+            self._check()
             place = places[entry.name] if places is not None else sorter.place(entry.name)
             if place is None:
                 counts.left_out += 1
@@ -311,65 +381,78 @@ class _Load:
     def _prove_source(self, source: sources.Source) -> str:
         """Its SHA-256. Refused if the description says another."""
         sha256 = source.sha256()
-        wanted = self.here.described.sha256
+        wanted = self.described.sha256
         if wanted and sha256 != wanted:
             raise source.refuse(f"its SHA-256 is {sha256}, and the dataset's description says {wanted}")
         self.job.stages["extract"].add(source.position() - self.job.stages["extract"].bytes, 0)
         return sha256
 
-    def _prove(self, layout: Any) -> None:
+    def _prove(self, loaded: Loaded) -> None:
         """The store has every byte, by its own listing."""
         self.job.step("compare with the store's listing")
         if self.here.layout == "packed":
-            rows = [Row(one.object, one.bytes, one.sha256, one.md5) for one in layout.shards]
-            self.listing = self.store.listing(CONTROL)
+            rows = [Row(one.object, one.bytes, one.sha256, one.md5) for one in loaded.shards]
+            listing = self.store.listing(CONTROL)
         else:
-            rows = layout.rows
-            self.listing = self.store.listing()
-            moved = {target: source for source, target in layout.moves}
-            rows = [Row(moved.get(row.path, row.path), row.size, row.sha256, row.md5) for row in rows]
-        if wrong := layouts.unmatched(rows, self.listing):
+            listing = self.store.listing()
+            # what was moved to its place by a run that was killed then isn't to be moved any more
+            moved = {target: source for source, target in loaded.moves if source in listing}
+            rows = [Row(moved.get(row.path, row.path), row.size, row.sha256, row.md5) for row in loaded.rows]
+        if wrong := layouts.unmatched(rows, listing):
             raise Failure(
                 f"{len(wrong)} objects aren't in {self.here.container} as they were sent, {wrong[0]} for one."
                 " Readers still see what they saw.",
                 next_step="labctl etl again: it sends them again",
             )
 
-    def _commit(self, layout: Any, counts: Counts, sorter: Sorter, source: dict[str, Any]) -> dict[str, Any]:
-        """Show the load to readers, then remove what it replaces."""
-        here, version = self.here, version_of(layout.rows)
+    def conclude(self, loaded: Loaded) -> dict[str, Any]:
+        """Prove the load, show it to readers, then remove what it replaces."""
+        self._prove(loaded)
+        here, version, counts = self.here, version_of(loaded.rows), loaded.counts
         table = f"{TABLES}/{version}.jsonl.gz"
         old = self.found.manifest
         before = replaced(old, table, self.found.control)
         old_rows = {row.path: row for name in before for row in self.store.table(name)}
-        shards = [asdict(shard) for shard in layout.shards] if here.layout == "packed" else []
+        shards = [asdict(shard) for shard in loaded.shards]
         manifest = {
             "format": FORMAT, "dataset": here.described.name, "layout": here.layout, "version": version,
-            "classes": list(sorter.classes), "splits": list(counts.by_split), "counts": counts.by_split,
+            "classes": list(loaded.classes), "splits": list(counts.by_split), "counts": counts.by_split,
             "images": counts.images, "bytes": counts.bytes,
-            "source": {"url": here.described.where, **source}, "table": table, "shards": shards,
-            "recipe": here.described.recipe(here.layout), "superseded": superseded(old, shards),
+            "source": {"url": here.described.where, **loaded.source}, "table": table, "shards": shards,
+            "recipe": here.described.recipe(here.layout), "superseded": superseded(old, shards), "load": self.load_id,
             "replaced": before,
         }  # fmt: skip
         self.job.step(f"show version {version} to readers")
-        self.store.put(table, pack_table(layout.rows))
-        if here.layout == "files":
-            layout.publish()
+        self.store.put(table, pack_table(loaded.rows))
+        self._publish(loaded.moves)
         self.store.put_json(MANIFEST, manifest)
-        self.store.remove([PENDING])
-        in_use = refresh_view(self.job)
-        self._clean(manifest, old_rows, layout, in_use)
+        # what is shown needs no announcement, and the mount would look for what of it isn't shown
+        mine = [path for path in self.store.control() if path.startswith(f"{TABLES}/pending-{self.load_id}-")]
+        self.store.remove([PENDING, *mine])
+        self._clean(manifest, loaded.rows, old_rows, refresh_view(self.job))
         return {
-            **_told(manifest), "changed": True, "sent": layout.sent, "sent_bytes": layout.sent_bytes,
+            **_told(manifest), "changed": True, "sent": loaded.sent, "sent_bytes": loaded.sent_bytes,
             "left_out": counts.left_out, "container": here.container,
         }  # fmt: skip
 
+    def _publish(self, moves: Iterable[tuple[str, str]]) -> None:
+        """Put what replaces committed files in their place."""
+        with ThreadPoolExecutor(MOVERS) as pool:
+            list(pool.map(lambda move: self.store.move(*move), moves))
+
+    def finish_cleaning(self) -> None:
+        """What a load that was cut off after it was shown still had to remove."""
+        manifest = self.found.manifest or {}
+        tables = [name for name in manifest.get("replaced", []) if name in self.found.control]
+        old = {row.path: row for name in tables for row in self.store.table(name)}
+        self._clean(manifest, self.store.table(manifest["table"]), old, refresh_view(self.job))
+
     def _clean(
-        self, manifest: dict[str, Any], old_rows: Mapping[str, Row], layout: Any, in_use: set[str] | None
+        self, manifest: dict[str, Any], rows: Iterable[Row], old_rows: Mapping[str, Row], in_use: set[str] | None
     ) -> None:
-        """Remove what nothing names any more: replaced files by the old tables, and then our own folder's leftovers."""
+        """Remove what nothing names any more: replaced files by the old tables, then our own leftovers."""
         self.job.step("remove what was replaced")
-        wanted = {row.path for row in layout.rows} if self.here.layout == "files" else set()
+        wanted = {row.path for row in rows} if manifest["layout"] == "files" else set()
         gone = {
             row.path: row for row in [*old_rows.values(), *self._begun()] if row.path not in wanted and not row.kept
         }
@@ -385,15 +468,24 @@ class _Load:
             kept |= set(manifest["superseded"])
         else:
             kept |= set(manifest["superseded"]) & in_use
-        own = (f"{PACKED}/", f"{TABLES}/", f"{INCOMING}/")
-        self.store.remove([path for path in self.store.control() if path.startswith(own) and path not in kept])
+        own = (f"{PACKED}/", f"{TABLES}/", f"{INCOMING}/", f"{PARTS}/", f"{LEASES}/{manifest.get('load', '-')}-")
+        self.store.remove(path for path in self.store.control() if path.startswith(own) and path not in kept)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """After a refused source: no trace of this load."""
         control = self.store.control()
-        names = (f"{TABLES}/pending-", f"{INCOMING}/{self.load_id}/")
-        self.store.remove([path for path in control if path.startswith(names)])
-        self.store.remove([PENDING])
+        names = (f"{TABLES}/pending-", f"{INCOMING}/{self.load_id}", f"{PARTS}/{self.load_id}/")
+        self.store.remove([PENDING, *(path for path in control if path.startswith(names))])
+
+    def withdraw(self) -> None:
+        """Of a list of which one archive was refused: take back what all hosts have sent, then all traces of it."""
+        self.found.control = self.store.control()
+        committed = {shard["object"] for shard in (self.found.manifest or {}).get("shards", [])}
+        shown, there = self._committed(), self.store.listing()
+        begun = [row.path for row in self._begun() if row.path not in shown and layouts.has(there, row)]
+        images = [path for path in there if path.startswith(f"{PACKED}/{self.load_id}/") and path not in committed]
+        self.store.remove([*begun, *images])
+        self.forget()
 
 
 def replaced(old: Mapping[str, Any] | None, table: str, control: Mapping[str, Any]) -> list[str]:

@@ -6,19 +6,22 @@ import gzip
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 CONTROL = ".labctl"
 MANIFEST, PENDING = f"{CONTROL}/manifest.json", f"{CONTROL}/pending.json"
 TABLES, PACKED, INCOMING = f"{CONTROL}/tables", f"{CONTROL}/packed", f"{CONTROL}/incoming"
+#: What was loaded of a list of archives, until all of it is.
+PARTS = f"{CONTROL}/parts"
 FORMAT = 1
 LAYOUTS = ("files", "packed")
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The description. One of `url`, `folder` (on this host) and `prefix` (CONTAINER/PATH of the same store) is set.
+    """The description. One of `url`, `urls` (a list), `folder` (on this host) and `prefix` (CONTAINER/PATH of the same
+    store) is set.
 
     `rule` says where a file's class is told: `prefix` (<number>_ before its name), `folder` (the one below the
     split's), or `csv` (`labels`: the text of lines `path,class`, or `labels_entry`: the name of the archive's own).
@@ -27,9 +30,11 @@ class Dataset:
 
     name: str
     url: str = ""
+    urls: tuple[str, ...] = ()
     folder: str = ""
     prefix: str = ""
     sha256: str = ""
+    sha256s: tuple[str, ...] = ()
     splits: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     rule: str = "prefix"
@@ -39,7 +44,17 @@ class Dataset:
     @property
     def where(self) -> str:
         """The source, for a person."""
-        return self.url or self.folder or f"container {self.prefix}"
+        many = f"{len(self.urls)} archives, {self.urls[0]} for one" if self.urls else ""
+        return self.url or many or self.folder or f"container {self.prefix}"
+
+    @property
+    def parts(self) -> list[Dataset]:
+        """A description for each archive of the list."""
+        known = self.sha256s or ("",) * len(self.urls)
+        return [
+            replace(self, url=url, urls=(), sha256=sha256, sha256s=())
+            for url, sha256 in zip(self.urls, known, strict=True)
+        ]
 
     def recipe(self, layout: str) -> str:
         """A hash of all that decides what a source becomes. The same recipe and source make the same load."""
@@ -48,7 +63,13 @@ class Dataset:
 
 
 def dataset(document: dict[str, Any]) -> Dataset:
-    """A description as the role writes it."""
+    """A description as the role writes it; its `url` (and `sha256`) may be a list."""
+    lists_of = {name: document[name] for name in ("url", "sha256") if isinstance(document.get(name), list)}
+    document = {
+        **document,
+        **{name: "" for name in lists_of},
+        **{f"{name}s": found for name, found in lists_of.items()},
+    }
     known: dict[str, Any] = {key: value for key, value in document.items() if key in Dataset.__dataclass_fields__}
     lists: dict[str, Any] = {key: tuple(value) for key, value in known.items() if isinstance(value, list)}
     return Dataset(**{**known, **lists})
@@ -120,3 +141,12 @@ class Counts:
         self.by_split.setdefault(split, [0] * self.classes)[number] += 1
         self.images += 1
         self.bytes += size
+
+    def merge(self, classes: int, by_split: dict[str, list[int]], left_out: int) -> None:
+        """Those of a part."""
+        self.classes = classes
+        self.left_out += left_out
+        for split, numbers in by_split.items():
+            mine = self.by_split.setdefault(split, [0] * classes)
+            self.by_split[split] = [one + other for one, other in zip(mine, numbers, strict=True)]
+            self.images += sum(numbers)

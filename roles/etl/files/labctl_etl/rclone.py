@@ -35,7 +35,7 @@ UPLOAD_SIZES = (1 << 18, 1 << 22, 1 << 28)
 LOOK_FIRST, LOOK_LAST = 0.03, 0.3
 REFUSED = re.compile(
     r"\b(401|403)\b|Unauthori[sz]ed|Forbidden|Authorization Failed|AccessDenied|InvalidAccessKeyId"
-    r"|SignatureDoesNotMatch",
+    r"|SignatureDoesNotMatch|Could not find (Application Credential|user|project)",
     re.IGNORECASE,
 )
 FULL = re.compile(r"no space left|disk quota|\b507\b|\b413\b|QuotaExceeded", re.IGNORECASE)
@@ -78,7 +78,7 @@ class Rclone:
     def follow(self, command: str, look: Callable[[], object], stop: threading.Event, **parameters: Any) -> None:
         """A long command; `look` is called now and then. It is given up when `stop` is set. StoreError if it fails."""
         job = self.call(command, _async=True, **parameters)["jobid"]
-        pause, stopped = LOOK_FIRST, False
+        pause, stopped, said = LOOK_FIRST, False, ""
         while not (found := self.call("job/status", jobid=job))["finished"]:
             if not stopped and stop.wait(pause):
                 stopped = True
@@ -88,6 +88,14 @@ class Rclone:
                 time.sleep(pause)  # what is being sent must be over before anything is removed
             pause = min(LOOK_LAST, pause * 1.5)
             look()
+            said = str(self.call("core/stats", group=f"job/{job}").get("lastError") or "")
+            if not stopped and _final("", said) is not None:
+                # each of the other files would only be refused, too
+                stopped = True
+                with contextlib.suppress(StoreError):
+                    self.call("job/stop", jobid=job)
+        if not found["success"] and said and _final("", said) is not None:
+            raise StoreError(said, 500)
         if not found["success"]:
             raise StoreError(str(found["error"]), 500)
 

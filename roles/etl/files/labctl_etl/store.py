@@ -68,6 +68,26 @@ class Store:
         """An object out of memory; what was there is replaced."""
         patient(f"writing {path}", lambda: self.rclone.upload(self._fs, path, data), stop)
 
+    def create(self, path: str, data: bytes) -> bool:
+        """An object that mustn't be there yet. False if it is, as far as the store minds the condition."""
+        condition = [{"Key": "If-None-Match", "Value": "*"}]
+
+        def ask() -> bool:
+            try:
+                with tempfile.NamedTemporaryFile(dir=self.rclone.folder) as file:
+                    file.write(data)
+                    file.flush()
+                    source = {"srcFs": os.path.dirname(file.name), "srcRemote": os.path.basename(file.name)}
+                    self.rclone.call("operations/copyfile", **source, dstFs=self._fs, dstRemote=path,
+                                     _config={"UploadHeaders": condition, "NoCheckDest": True})  # fmt: skip
+                return True
+            except StoreError as error:
+                if "412" in str(error):
+                    return False
+                raise
+
+        return bool(patient(f"writing {path}", ask))
+
     def put_json(self, path: str, document: Any) -> None:
         """A small document."""
         self.put(path, json.dumps(document, ensure_ascii=False, indent=1).encode())
