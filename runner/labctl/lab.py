@@ -226,18 +226,22 @@ class ImagesSection(Section):
     insecure_registries: list[str] = []
 
 
+ArchiveURL = Annotated[str, Field(pattern=r"^(https?|file)://")]
+SHA256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 class Dataset(Section):
-    """A dataset to load. One of `url` (an archive), `folder` (on the server) and `prefix` (CONTAINER/PATH, same store).
+    """A dataset to load. One of `url` (an archive or a list), `folder` (on the server), `prefix` (CONTAINER/PATH).
 
     `class_rule`: where a file's class is told. `labels`: a CSV of lines `path,class`, a file beside lab.yaml or one
     in the archive.
     """
 
     name: LabName
-    url: Annotated[str, Field(pattern=r"^(https?|file)://")] | None = None
+    url: ArchiveURL | Annotated[list[ArchiveURL], Field(min_length=1)] | None = None
     folder: Annotated[str, Field(pattern=r"^/")] | None = None
     prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9]")] | None = None
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    sha256: SHA256 | list[SHA256] | None = None
     classes: Annotated[int, Field(ge=1, le=100000)] | list[str] | None = None
     splits: list[ResourceName] | None = None
     class_rule: Literal["prefix", "folder", "csv"] | None = None
@@ -249,6 +253,10 @@ class Dataset(Section):
             raise _at("dataset", "dataset needs exactly one of url, folder and prefix")
         if (self.class_rule == "csv") != (self.labels is not None):
             raise _at("dataset", "dataset.labels names the CSV of class_rule: csv, and goes with no other rule")
+        if isinstance(self.sha256, list) != isinstance(self.url, list) and self.sha256 is not None:
+            raise _at("dataset", "dataset.sha256 is a list where dataset.url is one, and only there")
+        if isinstance(self.sha256, list) and isinstance(self.url, list) and len(self.sha256) != len(self.url):
+            raise _at("dataset", "dataset.sha256 needs one hash for each archive of dataset.url")
         return self
 
 
