@@ -429,6 +429,7 @@ class SingleLoad:
         # what is shown needs no announcement, and the mount would look for what of it isn't shown
         mine = [path for path in self.store.control() if path.startswith(f"{TABLES}/pending-{self.load_id}-")]
         self.store.remove([PENDING, *mine])
+        self.found.control = {path: one for path, one in self.found.control.items() if path not in mine}
         self._clean(manifest, loaded.rows, old_rows, refresh_view(self.job))
         return {
             **_told(manifest), "changed": True, "sent": loaded.sent, "sent_bytes": loaded.sent_bytes,
