@@ -129,7 +129,7 @@ def test_a_killed_load_is_completed_by_the_next_which_sends_only_what_is_missing
     assert "evaluation/class_00/0_0.jpg" in objects(), "what readers see stays until the new set is complete"
     found = load()["result"]
     assert found["images"] == 300
-    assert found["sent"] in (300 - len(there), 299 - len(there)), "what was on its way may have arrived after the look"
+    assert 280 - len(there) <= found["sent"] <= 300 - len(there), "what was on its way may have arrived after the look"
     after = objects()
     assert {name for name in after if not name.startswith(".labctl/")} == foreign | {
         f"training/class_10/10_k{n}.jpg" for n in range(300)

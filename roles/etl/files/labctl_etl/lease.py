@@ -27,7 +27,7 @@ SETTLE = 1.0
 
 def host_id(folder: str) -> str:
     """What tells this host from others; the same as long as its disk lives."""
-    path = os.path.join(folder, "host-id")
+    path = os.path.join(folder, "etl-host-id")
     with contextlib.suppress(FileExistsError), open(path, "x", encoding="ascii") as file:
         file.write(f"{os.uname().nodename}-{uuid.uuid4().hex[:8]}")
     with open(path, encoding="ascii") as file:

@@ -229,7 +229,7 @@ class SingleLoad:
 
     def run(self, source: sources.Source, fingerprint: dict[str, Any]) -> dict[str, Any]:
         """Read, send, prove, show, clean up."""
-        lease = known_by(self.store, host_id(sources.SPOOL))
+        lease = known_by(self.store, host_id(os.path.dirname(sources.SPOOL)))
         self._check = lease.check
         try:
             self.load_id = self.id_of(fingerprint)

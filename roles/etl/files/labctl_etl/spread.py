@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -36,7 +37,7 @@ class Parts:
         self.fingerprint = {"bytes": known, "index": digest}
         self.whole = SingleLoad(here, job, store, found, scratch)
         self.load_id = self.whole.load_id = self.whole.id_of(self.fingerprint)
-        self.host = host_id(sources.SPOOL)
+        self.host = host_id(os.path.dirname(sources.SPOOL))
         self.mine = 0
 
     def _identity(self, part: Dataset) -> dict[str, Any]:
