@@ -43,8 +43,8 @@ WATCHED = ("/var/lib/docker/volumes", "/var/lib/labctl", CACHE)
 RELAY_PORT, RELAY_USER = 7999, "nobody"
 #: Milliseconds on the way to the store, and as many on the way back.
 READERS, DELAY_MS = 4, 10
-#: Passes after the first one and the second.
-AGAIN = 4
+#: Passes after the first one and the second: each takes a tenth of a second, and the machine is never quite still.
+AGAIN = 12
 PLAY = """
 - hosts: all
   become: true
