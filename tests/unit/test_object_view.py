@@ -64,3 +64,12 @@ def test_a_table_that_was_cut_is_refused(view: Any, tmp_path: Path) -> None:
     (tables / "t.jsonl.gz").write_bytes(gzip.compress(json.dumps({"path": "a"}).encode())[:-6])
     with pytest.raises(view.Failed, match="isn't a table"):
         view.table(".labctl/tables/t.jsonl.gz")
+
+
+def test_only_tables_are_taken_for_tables(view: Any, tmp_path: Path) -> None:
+    made(
+        tmp_path / "labctl" / "tables", "pending-x-00000.jsonl.gz", "pending-x-shards.json", "1.jsonl.gz", "2.jsonl.gz"
+    )
+    found = {"replaced": [".labctl/tables/1.jsonl.gz", ".labctl/tables/gone.jsonl.gz"]}
+    assert view.unfinished(found) == [".labctl/tables/pending-x-00000.jsonl.gz", ".labctl/tables/1.jsonl.gz"]
+    assert view.unfinished(None) == [".labctl/tables/pending-x-00000.jsonl.gz"]

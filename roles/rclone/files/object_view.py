@@ -338,7 +338,8 @@ def unfinished(found: dict[str, Any] | None) -> list[str]:
     """Tables of what is in the container beside the committed set: of a load that is under way or was cut off (it
     announces there what it is about to send), and of loads that the committed one replaced."""
     with suppress(FileNotFoundError):
-        announced = [name for name in os.listdir(RAW / "labctl" / "tables") if name.startswith("pending-")]
+        names = os.listdir(RAW / "labctl" / "tables")
+        announced = [name for name in names if name.startswith("pending-") and name.endswith(".jsonl.gz")]
         replaced = [name for name in (found or {}).get("replaced", []) if in_labctl(name).exists()]
         return [*(f".labctl/tables/{name}" for name in announced), *replaced]
     return []
