@@ -16,7 +16,7 @@ HEIR = "e2e-heir"
 def test_another_lab_takes_over_from_a_backup(lab: Commands, road: str, tmp_path: Path) -> None:
     lab.run("up")
     with lab.tunnel():
-        Mlflow().log_run(f"for {road}", {"loss": 0.5}, road.encode() * 4096)
+        Mlflow().log_run(f"heir{road}", {"loss": 0.5}, road.encode() * 4096)
     before = Evidence.collect(lab)
     key = lab.json("backup")["key_file"]
     heir = Commands(tmp_path, quiet=True, environment={"LABCTL_STATE": str(tmp_path / "state")})
