@@ -190,7 +190,7 @@ class Converge:
         marker.write(self.data_dir, {**state.stack, "origin": plan.origin})
         if volume.make_folder(self.secrets_dir, 0, 0o700):
             self.changes.append(f"{self.secrets_dir} made")
-        keys.write(self.secrets_dir, keys.FILE, json.dumps(values, indent=1) + "\n", 0, 0o600)
+        keys.keep(self.secrets_dir, values)
         self.changes.append("the volume's credentials proved and kept")
         shutil.rmtree(stage)
         return True
@@ -234,7 +234,7 @@ class Converge:
             self.changes.append(f"{self.secrets_dir} made")
         if self.secrets is None:
             self.secrets = keys.generate()
-            keys.write(self.secrets_dir, keys.FILE, json.dumps(self.secrets, indent=1) + "\n", 0, 0o600)
+            keys.keep(self.secrets_dir, self.secrets)
             self.changes.append("secrets generated")
         owners = (plan.postgres_owner[0], plan.s3_owner[0], self.params["mlflow_uid"])
         for name, (content, uid) in keys.files(self.secrets, *owners).items():

@@ -61,6 +61,11 @@ def load(directory: str) -> dict[str, str] | None:
     return values
 
 
+def keep(directory: str, values: dict[str, str]) -> bool:
+    """Write the file that all others are derived from; True if it differed."""
+    return write(directory, FILE, json.dumps(values, indent=1) + "\n", 0, 0o600)
+
+
 def files(values: dict[str, str], postgres_uid: int, s3_uid: int, mlflow_uid: int) -> dict[str, tuple[str, int]]:
     """Each container's file (name → content, uid that may read it), all derived from the one that is kept."""
     user, password = values["s3_user"], values["s3_password"]

@@ -496,14 +496,16 @@ def _place_workspace(run: Restoring) -> str:
 
 
 def _place_secrets(run: Restoring) -> None:
-    """The secrets of an empty volume; what was there is kept beside."""
+    """The secrets of an empty volume, as role mlflow_stack writes them; what was there is kept beside."""
+    import stack_secrets
+
     here = run.here
     os.makedirs(here.at(host.SECRETS_DIR), mode=0o700, exist_ok=True)
     path = here.at(host.SECRETS_FILE)
     found = read_json(path)
     if found is not None and found != run.secrets:
         os.replace(path, f"{path}.before-{run.set.id}")
-    write_json(path, run.secrets)
+    stack_secrets.keep(here.at(host.SECRETS_DIR), run.secrets)
     key = host.keys_at_hand(here).get(str(run.set.manifest["key_id"]))
     if key:
         host.keep_key(here, key)
