@@ -95,3 +95,21 @@ def test_runner_or_host_killed_at_each_step(
     lab.run("up")
     assert not before.lost(Evidence.collect(lab))
     assert lab.json("converge")["changed"] == 0
+
+
+@pytest.mark.slow
+def test_the_runner_killed_at_each_step_from_nothing_to_a_lab_and_back(lab: Commands) -> None:
+    """`up` where there is nothing, a backup, a server given back; and an end of which nothing stays."""
+    lab.run("--yes", "destroy", "--force")
+    assert len(sweep(lab, ("up",), kill_runner)) > 20, "labctl doesn't say its steps any more"
+    lab.run("verify")
+    before = Evidence.collect(lab)
+    sweep(lab, ("backup",), kill_runner)
+    assert lab.json("backup", "verify")["verified_objects"] > 0
+    lab.run("--yes", "backup", "delete", "--all")
+    sweep(lab, ("down",), kill_runner)
+    lab.run("up")
+    assert not before.lost(Evidence.collect(lab))
+    sweep(lab, ("--yes", "destroy", "--force"), kill_runner)
+    status = lab.json("status")
+    assert status["server"]["status"] == "ABSENT" and status["volume"]["id"] is None
