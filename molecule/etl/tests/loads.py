@@ -26,25 +26,36 @@ PROGRAM = "/usr/local/lib/labctl/labctl_etl"
 SETTINGS = "/etc/labctl/etl.json"
 WORK = Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"])
 GATEWAY = os.environ.get("LABCTL_TEST_GATEWAY", "172.29.0.1")
-#: A load until it is killed: by what its progress file says, looked at more often than it is written.
-KILLED = """
+#: A load, with a progress file that is always new. It is killed by what that says, while it stands still: it can't be
+#: further then.
+KILLED = '''
 import json, os, signal, subprocess, sys, time
 program, layout, step, images = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 path = "/run/labctl-etl/job-killed.json"
 if os.path.exists(path):
     os.unlink(path)
-load = subprocess.Popen(["python3", program, "load", "--job", "killed", "--layout", layout],
+main = f"""
+import runpy, sys
+sys.path.insert(0, {os.path.dirname(program)!r})
+from labctl_etl import job
+job.WRITE_SECONDS = 0.01
+runpy.run_module("labctl_etl", run_name="__main__")
+"""
+load = subprocess.Popen(["python3", "-c", main, "load", "--job", "killed", "--layout", layout],
                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 while load.poll() is None:
+    load.send_signal(signal.SIGSTOP)
     try:
         found = json.load(open(path))
+        if found["step"].startswith(step) and found["stages"]["load"]["images"] >= images:
+            load.send_signal(signal.SIGKILL)
+            break
     except (OSError, ValueError):
-        continue
-    if found["step"].startswith(step) and found["stages"]["load"]["images"] >= images:
-        load.send_signal(signal.SIGKILL)
-        break
+        pass
+    load.send_signal(signal.SIGCONT)
+    time.sleep(0.002)
 print(load.wait())
-"""
+'''
 
 
 def load(*arguments: str, check: bool = True) -> dict[str, Any]:

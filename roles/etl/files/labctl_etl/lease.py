@@ -45,7 +45,10 @@ class Lease:
         self._keeper: threading.Thread | None = None
 
     def take(self, *, wait: bool = False, settle: bool = True) -> bool:
-        """Have it. False where another has it; with `wait` only once that one was given up, which takes a minute."""
+        """Have it. False where another has it; with `wait` only once that one was given up, which takes a minute.
+
+        Without `settle`, a store that takes conditions is trusted to mind them.
+        """
         silent, last = 0, None
         while True:
             found = self._read()
@@ -53,7 +56,8 @@ class Lease:
                 self._write()
                 break
             if found is None:
-                if self._store.create(self._path, self._document()) and (not settle or self._settled()):
+                created = self._store.create(self._path, self._document())
+                if created and ((self._store.conditional and not settle) or self._settled()):
                     break
                 continue
             if not wait:

@@ -39,6 +39,8 @@ REFUSED = re.compile(
     re.IGNORECASE,
 )
 FULL = re.compile(r"no space left|disk quota|\b507\b|\b413\b|QuotaExceeded", re.IGNORECASE)
+#: What a store says to a request of a kind that it never answers.
+UNKNOWN = re.compile(r"\b501\b|NotImplemented")
 
 
 class StoreError(Exception):
@@ -235,6 +237,11 @@ def _final(what: str, text: str) -> Failure | None:
         return Failure(
             f"The object store has no room: {what}.", kind="refused", found=text[-500:],
             next_step="make room or raise the quota, then labctl etl again: it sends only what is missing",
+        )  # fmt: skip
+    if UNKNOWN.search(text):
+        return Failure(
+            f"The object store doesn't know this kind of request: {what}.", found=text[-500:],
+            next_step="report it with the name of the store: a load should do with what all stores answer",
         )  # fmt: skip
     return None
 

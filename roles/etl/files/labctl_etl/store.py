@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
@@ -13,12 +14,14 @@ from typing import Any
 
 from labctl_etl.errors import Failure
 from labctl_etl.model import CONTROL, MANIFEST, PENDING, Row, read_table
-from labctl_etl.rclone import Rclone, StoreError, patient
+from labctl_etl.rclone import UNKNOWN, Rclone, StoreError, patient
 
 #: What an object is listed with. Times would cost a request each.
 LIST = {"filesOnly": True, "showHash": True, "hashTypes": ["md5"], "noModTime": True, "noMimeType": True}
 #: Removals at the same time, and from how many on they go by a list: one by one, each costs a HEAD beside the DELETE.
 REMOVERS, BY_LIST = 32, 4
+#: What a store says to a conditional PUT of an object that is there, or that another is just writing.
+EXISTS = re.compile(r"\b412\b|PreconditionFailed|ConditionalRequestConflict")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Store:
         self.rclone, self.container = rclone, container
         self._fs = f"{remote}:{container}"
         self._remote = remote
+        #: Whether the store takes conditions with a PUT; Swift's own S3 says that it doesn't.
+        self.conditional = True
 
     def listing(self, below: str = "", *, recurse: bool = True) -> dict[str, Stored]:
         """{path: object} of all that is there below a folder; empty where there is nothing."""
@@ -69,10 +74,13 @@ class Store:
         patient(f"writing {path}", lambda: self.rclone.upload(self._fs, path, data), stop)
 
     def create(self, path: str, data: bytes) -> bool:
-        """An object that mustn't be there yet. False if it is, as far as the store minds the condition."""
-        condition = [{"Key": "If-None-Match", "Value": "*"}]
+        """An object that mustn't be there yet. False if it is, as far as the store minds the condition.
+
+        Where it refuses all conditions, the object is written without one, and `conditional` is False from then on.
+        """
 
         def ask() -> bool:
+            condition = [{"Key": "If-None-Match", "Value": "*"}] if self.conditional else []
             try:
                 with tempfile.NamedTemporaryFile(dir=self.rclone.folder) as file:
                     file.write(data)
@@ -82,9 +90,12 @@ class Store:
                                      _config={"UploadHeaders": condition, "NoCheckDest": True})  # fmt: skip
                 return True
             except StoreError as error:
-                if "412" in str(error):
+                if EXISTS.search(str(error)):
                     return False
-                raise
+                if not (self.conditional and UNKNOWN.search(str(error))):
+                    raise
+            self.conditional = False
+            return ask()
 
         return bool(patient(f"writing {path}", ask))
 
