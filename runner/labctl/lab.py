@@ -220,8 +220,6 @@ class ImagesSection(Section):
     postgres: ImageReference | None = None
     s3: ImageReference | None = None
     jupyter: ImageReference | None = None
-    python: ImageReference | None = None
-    rclone: ImageReference | None = None
     registry_mirrors: list[str] = []
     insecure_registries: list[str] = []
 

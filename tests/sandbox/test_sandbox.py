@@ -182,7 +182,7 @@ def test_no_password_of_the_image_works_and_none_is_left_in_a_file(cloud: dict[s
 def test_images_are_pulled_by_digest_from_the_registry(cloud: dict[str, str]) -> None:
     catalogue = json.loads(CONFIG.images_file.read_text())
     assert catalogue["registry"] == CONFIG.registry_address
-    assert {"postgres", "s3", "mlflow", "jupyter", "python", "rclone"} == set(catalogue["images"])
+    assert {"postgres", "s3", "mlflow", "jupyter", "rclone"} == set(catalogue["images"])
     for reference in catalogue["images"].values():
         host, _, rest = reference.partition("/")
         name, digest = rest.split("@")
@@ -194,11 +194,11 @@ def test_images_are_pulled_by_digest_from_the_registry(cloud: dict[str, str]) ->
 def test_a_tag_is_resolved_to_the_digest_that_its_registry_has(cloud: dict[str, str]) -> None:
     """The code that asks upstream's registries, asked of a real one: ours."""
     host = registry_port(CONFIG)
-    wanted = json.loads(CONFIG.images_file.read_text())["images"]["python"].split("@")[1]
-    version = next(s.version for s in listed() if s.name == "python")
-    assert resolve(f"{host}/labctl/python:{version}", scheme="http") == f"{host}/labctl/python@{wanted}"
+    wanted = json.loads(CONFIG.images_file.read_text())["images"]["rclone"].split("@")[1]
+    version = next(s.version for s in listed() if s.name == "rclone")
+    assert resolve(f"{host}/labctl/rclone:{version}", scheme="http") == f"{host}/labctl/rclone@{wanted}"
     with pytest.raises(NotThere, match="404"):
-        resolve(f"{host}/labctl/python:no-such-tag", scheme="http")
+        resolve(f"{host}/labctl/rclone:no-such-tag", scheme="http")
 
 
 def test_down_and_up_bring_back_servers_volumes_and_objects(cloud: dict[str, str]) -> None:

@@ -23,7 +23,7 @@ SPEC = InventorySpec(
     ssh_key=Path("/home/ada/.ssh/id_ed25519"),
     known_hosts=Path("/home/ada/my state/known_hosts"),
     ports={"mlflow": 8000, "s3": 9000, "s3_console": 9001, "jupyter": 8888},
-    images={"mlflow": "r/mlflow@sha256:1", "python": "r/python@sha256:2", "postgres": "r/pg:15"},
+    images={"mlflow": "r/mlflow@sha256:1", "rclone": "r/rclone@sha256:2", "postgres": "r/pg:15"},
     s3_flavour="minio",
     insecure_registries=("172.29.0.3:5000",),
 )

@@ -222,7 +222,7 @@ def test_references_are_split_at_host_and_tag() -> None:
 def test_every_listed_image_can_be_built_and_comes_after_its_base() -> None:
     order = services.listed()
     names = [service.name for service in order]
-    assert {"postgres", "s3", "mlflow", "jupyter", "python", "rclone"} <= set(names)
+    assert {"postgres", "s3", "mlflow", "jupyter", "rclone"} <= set(names)
     for service in order:
         assert files.build_files("images", service.name, "Dockerfile").is_file()
         assert not service.base or names.index(service.base) < names.index(service.name)
