@@ -76,11 +76,11 @@ molecule-%: sandbox
 
 .PHONY: test-cloud
 test-cloud: sandbox ## the cloud code against a real OpenStack (LABCTL_TEST_CLOUD; the sandbox by default)
-	$(SUDO) $(BIN)/pytest -m "not slow" tests/cloud
+	$(SUDO) $(BIN)/pytest --durations=8 -m "not slow" tests/cloud
 
 .PHONY: e2e
 e2e: sandbox ## the command line from outside, on one lab
-	$(SUDO) $(BIN)/pytest -m "not slow" tests/e2e
+	$(SUDO) $(BIN)/pytest --durations=16 -m "not slow" tests/e2e
 
 .PHONY: test
 test: lint unit sandbox ## everything that must pass before a change lands
