@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 ROLES = Path(__file__).parents[2] / "roles"
-sys.path[:0] = [str(ROLES / "backup" / "files"), str(ROLES / "mlflow_stack" / "module_utils")]
+sys.path[:0] = [str(ROLES / folder) for folder in ("backup/files", "common/files", "mlflow_stack/module_utils")]
 
 from labctl_backup import decide, model  # noqa: E402
 from labctl_backup.decide import BackupSet, VolumeFacts, Wish  # noqa: E402
-from labctl_backup.errors import Failure  # noqa: E402
 from labctl_backup.model import Contents, Damaged, S3Object, Stored, WorkspaceEntry  # noqa: E402
+from labctl_job.errors import Failure  # noqa: E402
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
 DAY = 24 * 3600

@@ -20,11 +20,11 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "roles" / "etl" / "files"))
+sys.path.extend(str(Path(__file__).parents[2] / "roles" / role / "files") for role in ("etl", "common"))
 
 from labctl_etl import fetch, load, rules, sources
-from labctl_etl.errors import Failure, Refused
-from labctl_etl.model import Dataset, Row, pack_table, read_table, version_of
+from labctl_etl.model import Dataset, Refused, Row, pack_table, read_table, version_of
+from labctl_job.errors import Failure
 
 GOOD = [
     ("training/0_1.jpg", b"one" * 700),
@@ -314,7 +314,8 @@ def test_an_unchanged_source_is_known_without_reading_it(tmp_path: Path, serve: 
     fingerprint = source.fingerprint()
     assert load.same_source({**fingerprint, "sha256": "1"}, fingerprint)
     make_zip(path, *GOOD[:2], ("evaluation/1_1.JPG", b"THREE"), GOOD[3])
-    assert not load.same_source(fingerprint, sources.archive(described(serve(path).url), lambda _: False).fingerprint())
+    other = sources.archive(described(serve(path).url), lambda _: False)
+    assert not load.same_source(fingerprint, other.fingerprint())
     assert not load.same_source(fingerprint, {})
     with pytest.raises(sources.Known):
         sources.archive(described(serve(path, ranges=False).url), lambda _: True)

@@ -8,14 +8,16 @@ import os
 import sys
 from typing import Any
 
-PROGRAM = os.path.dirname(os.path.abspath(__file__))
-if PROGRAM in sys.path:
-    sys.path.remove(PROGRAM)  # its modules are the package's, not everybody's
-sys.path.insert(0, os.path.dirname(PROGRAM))
+FOLDER = os.path.dirname(os.path.abspath(__file__))
+if FOLDER in sys.path:
+    sys.path.remove(FOLDER)  # its modules are the package's, not everybody's
+sys.path.insert(0, os.path.dirname(FOLDER))
 
 from labctl_backup import host, job, prune, restore, take
-from labctl_backup.errors import EXIT_CODES, Failure
 from labctl_backup.model import key_id
+from labctl_job import commands
+from labctl_job.errors import Failure
+from labctl_job.job import execute
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,12 +35,7 @@ def parser() -> argparse.ArgumentParser:
     for flag in ("--beside", "--into-new-major", "--new-secrets", "--again"):
         new["restore"].add_argument(flag, action="store_true")
     verbs.add_parser("key", help="print the volume's backup key")
-    start = verbs.add_parser("start", help="run one of the commands above as a unit of its own")
-    start.add_argument("arguments", nargs=argparse.REMAINDER)
-    wait = verbs.add_parser("wait", help="tell a job's progress")
-    wait.add_argument("--job", required=True)
-    wait.add_argument("--seen", type=int, default=-1)
-    wait.add_argument("--seconds", type=float, default=5)
+    commands.add_to(verbs)
     return top
 
 
@@ -81,24 +78,18 @@ def key_document() -> dict[str, str]:
     return {"key_id": key_id(key) if key else "", "key": key}
 
 
+def run(args: argparse.Namespace) -> int:
+    """The key, or one of the commands that are jobs."""
+    if args.verb == "key":
+        print(json.dumps(key_document()))
+        return 0
+    running = job.Job(args.job, args.verb)
+    return execute(running, lambda: work(args, running))
+
+
 def main() -> int:
     """Entry point."""
-    os.umask(0o077)
-    args = parser().parse_args()
-    try:
-        if args.verb == "key":
-            answer: Any = key_document()
-        elif args.verb == "start":
-            answer = job.start(PROGRAM, args.arguments)
-        elif args.verb == "wait":
-            answer = job.wait(args.job, args.seen, args.seconds)
-        else:
-            return job.execute(args.job, args.verb, lambda running: work(args, running))
-    except Failure as failure:
-        print(json.dumps({"error": failure.as_dict()}))
-        return EXIT_CODES[failure.kind]
-    print(json.dumps(answer))
-    return 0
+    return commands.main(job.PROGRAM, parser(), run)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from labctl_backup.errors import Failure
 from labctl_backup.model import MANIFEST, SET_ID, SHA256, Contents, Damaged, Stored, read_manifest, set_time
+from labctl_job.errors import Failure
 
 #: A set without a manifest may be one that is being made now; after a day it was cut off.
 CUT_OFF_SECONDS = 24 * 3600

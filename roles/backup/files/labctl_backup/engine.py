@@ -10,8 +10,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from labctl_backup.errors import Failure
 from labctl_backup.source import Database
+from labctl_job.errors import Failure
 
 POSTGRES, S3 = "labctl-restore-postgres", "labctl-restore-s3"
 #: Whom the stack's new directories belong to: the official PostgreSQL image's user, and mlflow_stack's for S3.

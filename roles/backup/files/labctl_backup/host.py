@@ -13,8 +13,7 @@ from typing import Any
 import stack_marker
 
 from labctl_backup import decide
-from labctl_backup.errors import Failure
-from labctl_backup.job import RUN, read_json
+from labctl_backup.job import RUN
 from labctl_backup.model import key_id
 from labctl_backup.rclone import (
     S3,
@@ -28,6 +27,8 @@ from labctl_backup.rclone import (
 )
 from labctl_backup.source import read_json_file
 from labctl_backup.store import Store
+from labctl_job.errors import Failure
+from labctl_job.job import read_json
 
 SETTINGS = "/etc/labctl/backup.json"
 SECRETS_DIR = ".labctl/secrets"

@@ -12,8 +12,8 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
-from labctl_backup.errors import Failure
 from labctl_backup.job import RUN
+from labctl_job.errors import Failure
 
 S3, VAULT = "labctl-s3", "labctl-vault"
 #: rclone's exit codes for a directory or a file that isn't there.

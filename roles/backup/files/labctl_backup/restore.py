@@ -25,15 +25,16 @@ import stack_marker
 
 from labctl_backup import decide, engine, host
 from labctl_backup.decide import BackupSet, Plan, VolumeFacts, Wish
-from labctl_backup.errors import Failure
 from labctl_backup.host import Settings
-from labctl_backup.job import Job, locked, read_json, write_json
+from labctl_backup.job import Job, locked
 from labctl_backup.model import DUMP, OBJECTS, SECRETS, Contents, Damaged, S3Object, WorkspaceEntry, iso, object_path
 from labctl_backup.prune import described
 from labctl_backup.rclone import S3, VAULT, Rclone, s3_section, vault_section, write_config
 from labctl_backup.send import BATCH_FILES, batch_limit
 from labctl_backup.source import digest
 from labctl_backup.store import PARALLEL, Store, hashes
+from labctl_job.errors import Failure
+from labctl_job.job import read_json, write_json
 
 RECORD = "restore.json"
 S3_FOLDERS = {"minio": "minio_data", "silo": "minio_data", "rclone": "rclone_s3_data"}

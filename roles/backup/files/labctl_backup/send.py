@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from labctl_backup import host
-from labctl_backup.errors import Failure
 from labctl_backup.host import Settings
 from labctl_backup.job import Job
 from labctl_backup.model import Contents, S3Object, Stored, WorkspaceEntry, object_path
 from labctl_backup.rclone import NOT_FOUND, S3, Rclone, names_file
 from labctl_backup.source import VERSION, digest, s3_objects, workspace_entries
 from labctl_backup.store import Store, chosen
+from labctl_job.errors import Failure
 
 #: What is staged on the server's own disk at a time: big enough that starting rclone costs nothing, small enough for
 #: the smallest flavor's disk; never more than a quarter of what is free there.

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from labctl_backup.errors import Failure
 from labctl_backup.model import S3Object, Stored, WorkspaceEntry
 from labctl_backup.rclone import S3, Rclone
+from labctl_job.errors import Failure
 
 CHUNK = 1 << 20
 #: What a listing has to say so that an object that was written again shows: the server's time, which nobody sets.

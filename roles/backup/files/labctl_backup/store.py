@@ -11,7 +11,6 @@ from typing import Any
 
 from labctl_backup import decide
 from labctl_backup.decide import BackupSet
-from labctl_backup.errors import Failure
 from labctl_backup.model import (
     CONTENTS,
     LEASE,
@@ -26,6 +25,7 @@ from labctl_backup.model import (
 )
 from labctl_backup.rclone import NOT_FOUND, Rclone, names_file
 from labctl_backup.source import digest
+from labctl_job.errors import Failure
 
 #: Requests at a time, as the tutorial has them (1,000 objects: 20 s with 32, 29 s with 16, on a busy machine).
 PARALLEL = ("--transfers", "32", "--checkers", "16")

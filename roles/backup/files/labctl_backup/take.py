@@ -14,7 +14,6 @@ from typing import Any
 
 from labctl_backup import host, prune
 from labctl_backup.decide import BackupSet
-from labctl_backup.errors import Failure
 from labctl_backup.host import Settings
 from labctl_backup.job import Job
 from labctl_backup.model import (
@@ -34,6 +33,7 @@ from labctl_backup.model import (
 )
 from labctl_backup.send import Taking, send_files, send_objects
 from labctl_backup.source import Dump, digest, dump
+from labctl_job.errors import Failure
 
 
 def take(here: Settings, job: Job, *, keep: int = 0, force: bool = False) -> dict[str, Any]:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
 from dataclasses import replace
 from typing import Any
 
-PROGRAM = os.path.dirname(os.path.abspath(__file__))
-if PROGRAM in sys.path:
-    sys.path.remove(PROGRAM)  # its modules are the package's, not everybody's
-sys.path.insert(0, os.path.dirname(PROGRAM))
+FOLDER = os.path.dirname(os.path.abspath(__file__))
+if FOLDER in sys.path:
+    sys.path.remove(FOLDER)  # its modules are the package's, not everybody's
+sys.path.insert(0, os.path.dirname(FOLDER))
 
 from labctl_etl import job, load
-from labctl_etl.errors import EXIT_CODES, Failure
 from labctl_etl.model import LAYOUTS
+from labctl_job import commands
+from labctl_job.errors import Failure
+from labctl_job.job import execute, path_of, read_json
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,12 +33,7 @@ def parser() -> argparse.ArgumentParser:
     loading.add_argument("--restart", action="store_true", help="forget what a run that was cut off has sent")
     loading.add_argument("--first", type=float, default=0, help="of a list: where to begin, as a share of it (0 to 1)")
     loading.add_argument("--share", action="store_true", help="of a list: only what no other host has; don't show it")
-    start = verbs.add_parser("start", help="run a command as a unit of its own")
-    start.add_argument("arguments", nargs=argparse.REMAINDER)
-    wait = verbs.add_parser("wait", help="tell a job's progress")
-    wait.add_argument("--job", required=True)
-    wait.add_argument("--seen", type=int, default=-1)
-    wait.add_argument("--seconds", type=float, default=5)
+    commands.add_to(verbs)
     return top
 
 
@@ -44,27 +42,28 @@ def work(args: argparse.Namespace, running: job.Job) -> dict[str, Any]:
     here = load.settings(args.settings)
     if args.layout:
         here = replace(here, layout=args.layout)
-    return load.load(here, running, restart=args.restart, first=args.first, commit=not args.share)
+    try:
+        return load.load(here, running, restart=args.restart, first=args.first, commit=not args.share)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise Failure(
+            "The server's disk is full.", found=str(error),
+            next_step="make room on the server (df -h), then labctl etl again: it sends only what is missing",
+        ) from None  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """The load as a job, and its result."""
+    running = job.Job(args.job, args.verb)
+    code = execute(running, lambda: work(args, running))
+    print(json.dumps((read_json(path_of(job.PROGRAM.folder, args.job)) or {}).get("result")))
+    return code
 
 
 def main() -> int:
     """Entry point."""
-    os.umask(0o077)
-    args = parser().parse_args()
-    try:
-        if args.verb == "start":
-            answer: Any = job.start(PROGRAM, args.arguments)
-        elif args.verb == "wait":
-            answer = job.wait(args.job, args.seen, args.seconds)
-        else:
-            code = job.execute(args.job, args.verb, lambda running: work(args, running))
-            print(json.dumps((job.read_json(job.path_of(args.job)) or {}).get("result")))
-            return code
-    except Failure as failure:
-        print(json.dumps({"error": failure.as_dict()}))
-        return EXIT_CODES[failure.kind]
-    print(json.dumps(answer))
-    return 0
+    return commands.main(job.PROGRAM, parser(), run)
 
 
 if __name__ == "__main__":

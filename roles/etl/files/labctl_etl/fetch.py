@@ -13,7 +13,8 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
-from labctl_etl.errors import Failure, Refused
+from labctl_etl.model import Refused
+from labctl_job.errors import Failure
 
 CHUNK = 1 << 20
 #: Seconds without a byte until an attempt counts as failed, and without progress until the download does.

@@ -19,11 +19,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from labctl_etl.errors import Failure, Refused
 from labctl_etl.job import Job
-from labctl_etl.model import INCOMING, TABLES, Counts, Row, Shard, pack_table, version_of
+from labctl_etl.model import INCOMING, TABLES, Counts, Refused, Row, Shard, pack_table, version_of
 from labctl_etl.sources import Entry
 from labctl_etl.store import Store, Stored
+from labctl_job.errors import Failure
 
 CHUNK = 1 << 20
 #: A file up to that size is held in memory, a larger one is put on the disk for a moment.

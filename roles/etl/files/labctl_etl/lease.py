@@ -14,9 +14,9 @@ import time
 import uuid
 from typing import Any
 
-from labctl_etl.errors import Failure
 from labctl_etl.model import CONTROL
 from labctl_etl.store import Store
+from labctl_job.errors import Failure
 
 LEASES = f"{CONTROL}/leases"
 #: Seconds between a holder's signs of life; looks without one, and seconds between them, after which it is given up.

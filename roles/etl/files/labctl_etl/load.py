@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from labctl_etl import layouts, sources
-from labctl_etl.errors import Failure, Refused
 from labctl_etl.job import Job, locked
 from labctl_etl.layouts import Loaded, identity_of
 from labctl_etl.lease import LEASES, Lease, host_id
@@ -32,6 +31,7 @@ from labctl_etl.model import (
     TABLES,
     Counts,
     Dataset,
+    Refused,
     Row,
     Shard,
     dataset,
@@ -41,6 +41,7 @@ from labctl_etl.model import (
 from labctl_etl.rclone import RUN, running
 from labctl_etl.rules import Sorter
 from labctl_etl.store import Store, Stored
+from labctl_job.errors import Failure
 
 SETTINGS = "/etc/labctl/etl.json"
 SCRATCH = sources.SPOOL

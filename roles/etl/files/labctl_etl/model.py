@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from labctl_job.errors import Failure
+
 CONTROL = ".labctl"
 MANIFEST, PENDING = f"{CONTROL}/manifest.json", f"{CONTROL}/pending.json"
 TABLES, PACKED, INCOMING = f"{CONTROL}/tables", f"{CONTROL}/packed", f"{CONTROL}/incoming"
@@ -16,6 +18,18 @@ TABLES, PACKED, INCOMING = f"{CONTROL}/tables", f"{CONTROL}/packed", f"{CONTROL}
 PARTS = f"{CONTROL}/parts"
 FORMAT = 1
 LAYOUTS = ("files", "packed")
+
+
+class Refused(Failure):
+    """The source isn't what was described, or leads elsewhere: a corrupt or hostile archive."""
+
+    def __init__(self, source: str, why: str, expected: str = "") -> None:
+        super().__init__(
+            f"{source} is refused: {why}. Nothing was loaded.",
+            expected=expected,
+            found=why,
+            next_step="mend the source or its description under `dataset` in lab.yaml",
+        )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from labctl_etl.errors import Failure
+from labctl_job.errors import Failure
 
 RUN = "/run/labctl-etl"
 #: Without these two every object of a listing, and every PUT, costs a request more. They say nothing to other stores.

@@ -7,8 +7,8 @@ import io
 import re
 from collections.abc import Iterable
 
-from labctl_etl.errors import Failure, Refused
-from labctl_etl.model import Dataset
+from labctl_etl.model import Dataset, Refused
+from labctl_job.errors import Failure
 
 IMAGE = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", re.IGNORECASE)
 PREFIXED = re.compile(r"^(\d+)_")

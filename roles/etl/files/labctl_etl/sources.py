@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from labctl_etl import fetch, rules
-from labctl_etl.errors import Failure, Refused
-from labctl_etl.model import Dataset
+from labctl_etl.model import Dataset, Refused
+from labctl_job.errors import Failure
 
 SPOOL = "/var/lib/labctl/etl"
 CHUNK = 1 << 20

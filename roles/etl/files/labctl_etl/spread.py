@@ -16,13 +16,13 @@ from dataclasses import asdict
 from typing import Any
 
 from labctl_etl import sources
-from labctl_etl.errors import Failure, Refused
 from labctl_etl.job import Job
 from labctl_etl.layouts import Loaded, identity_of
 from labctl_etl.lease import Lease, host_id
 from labctl_etl.load import Found, Settings, SingleLoad, known_by, open_source, unchanged
-from labctl_etl.model import PARTS, Counts, Dataset, Row, Shard, pack_table
+from labctl_etl.model import PARTS, Counts, Dataset, Refused, Row, Shard, pack_table
 from labctl_etl.store import Store
+from labctl_job.errors import Failure
 
 
 class Parts:

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from labctl_etl.errors import Failure
 from labctl_etl.model import CONTROL, MANIFEST, PENDING, Row, read_table
 from labctl_etl.rclone import UNKNOWN, Rclone, StoreError, patient
+from labctl_job.errors import Failure
 
 #: What an object is listed with. Times would cost a request each.
 LIST = {"filesOnly": True, "showHash": True, "hashTypes": ["md5"], "noModTime": True, "noMimeType": True}
