@@ -22,7 +22,7 @@ import pytest
 
 sys.path.extend(str(Path(__file__).parents[2] / "roles" / role / "files") for role in ("etl", "common"))
 
-from labctl_etl import fetch, load, rules, sources
+from labctl_etl import archives, fetch, load, rules, sources
 from labctl_etl.model import Dataset, Refused, Row, pack_table, read_table, version_of
 from labctl_job.errors import Failure
 
@@ -65,7 +65,7 @@ def make_tar(path: Path, *entries: tuple[str | tarfile.TarInfo, bytes]) -> Path:
 
 def read(dataset: Dataset) -> dict[str, bytes]:
     """What a load would send: {path: content}, with every check that it makes."""
-    source = sources.archive(dataset, lambda _: False) if dataset.url else sources.Folder(dataset)
+    source = archives.archive(dataset, lambda _: False) if dataset.url else sources.Folder(dataset)
     try:
         sorter = rules.Sorter(dataset, source.names)
         if sorter.needs_labels:
@@ -157,7 +157,7 @@ EXPECTED = {
 def test_every_kind_of_archive_gives_the_same_files(
     tmp_path: Path, serve: Any, how: str, ranges: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "SPOOL", str(tmp_path / "spool"))
+    monkeypatch.setattr(archives, "SPOOL", str(tmp_path / "spool"))
     methods = {"stored": zipfile.ZIP_STORED, "deflated": zipfile.ZIP_DEFLATED, "bzip2": zipfile.ZIP_BZIP2}
     if how.endswith("zst") and not shutil.which("zstd"):
         pytest.skip("no zstd here")
@@ -231,7 +231,7 @@ def test_a_hostile_zip_is_refused_before_its_content_is_read(tmp_path: Path, wha
         data[at + 8] |= 1
         path.write_bytes(data)
     with pytest.raises(Refused, match="Nothing was loaded"):
-        source = sources.archive(described(path.as_uri()), lambda _: False)
+        source = archives.archive(described(path.as_uri()), lambda _: False)
         sorter = rules.Sorter(described(), source.names)
         for name in source.names or []:
             sorter.place(name)
@@ -310,15 +310,15 @@ def test_a_folder_is_a_source_and_its_links_are_refused(tmp_path: Path) -> None:
 
 def test_an_unchanged_source_is_known_without_reading_it(tmp_path: Path, serve: Any) -> None:
     path = make_zip(tmp_path / "a.zip", *GOOD)
-    source = sources.archive(described(serve(path).url), lambda _: False)
+    source = archives.archive(described(serve(path).url), lambda _: False)
     fingerprint = source.fingerprint()
     assert load.same_source({**fingerprint, "sha256": "1"}, fingerprint)
     make_zip(path, *GOOD[:2], ("evaluation/1_1.JPG", b"THREE"), GOOD[3])
-    other = sources.archive(described(serve(path).url), lambda _: False)
+    other = archives.archive(described(serve(path).url), lambda _: False)
     assert not load.same_source(fingerprint, other.fingerprint())
     assert not load.same_source(fingerprint, {})
-    with pytest.raises(sources.Known):
-        sources.archive(described(serve(path, ranges=False).url), lambda _: True)
+    with pytest.raises(archives.Known):
+        archives.archive(described(serve(path, ranges=False).url), lambda _: True)
 
 
 def test_a_table_reads_back_and_its_version_is_that_of_its_files() -> None:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from labctl_etl import layouts, sources
+from labctl_etl import archives, layouts, sources
 from labctl_etl.job import Job, locked
 from labctl_etl.layouts import Loaded, identity_of
 from labctl_etl.lease import LEASES, Lease, host_id
@@ -44,7 +44,7 @@ from labctl_etl.store import Store, Stored
 from labctl_job.errors import Failure
 
 SETTINGS = "/etc/labctl/etl.json"
-SCRATCH = sources.SPOOL
+SCRATCH = archives.SPOOL
 VIEW = "/usr/local/lib/labctl/object-view"
 MOUNT_UNIT = "rclone-object.service"
 #: Up to so many objects, an unchanged set is compared with a whole listing; of a larger one only a folder is looked at.
@@ -129,7 +129,7 @@ def load(
             return {"changed": False, "parts": 0, "container": here.container}
         try:
             opened = open_source(described, store, is_known)
-        except sources.Known:
+        except archives.Known:
             return unchanged(found.manifest or {}, here)
         with contextlib.closing(opened) as source:
             fingerprint = source.fingerprint()
@@ -173,7 +173,7 @@ def open_source(described: Dataset, store: Store, is_known: Callable[[dict[str, 
         below = [{**row, "Path": row["Path"][len(path) :].lstrip("/") if path else row["Path"]} for row in rows]
         outside = [row for row in below if row["Path"].split("/")[0] != CONTROL]
         return sources.Prefix(described, outside, lambda name: store.rclone.get(fs, f"{path}/{name}".lstrip("/")))
-    return sources.archive(described, is_known)
+    return archives.archive(described, is_known)
 
 
 def same_source(known: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -230,7 +230,7 @@ class SingleLoad:
 
     def run(self, source: sources.Source, fingerprint: dict[str, Any]) -> dict[str, Any]:
         """Read, send, prove, show, clean up."""
-        lease = known_by(self.store, host_id(os.path.dirname(sources.SPOOL)))
+        lease = known_by(self.store, host_id(os.path.dirname(archives.SPOOL)))
         self._check = lease.check
         try:
             self.load_id = self.id_of(fingerprint)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from labctl_etl import sources
+from labctl_etl import archives
 from labctl_etl.job import Job
 from labctl_etl.layouts import Loaded, identity_of
 from labctl_etl.lease import Lease, host_id
@@ -37,7 +37,7 @@ class Parts:
         self.fingerprint = {"bytes": known, "index": digest}
         self.whole = SingleLoad(here, job, store, found, scratch)
         self.load_id = self.whole.load_id = self.whole.id_of(self.fingerprint)
-        self.host = host_id(os.path.dirname(sources.SPOOL))
+        self.host = host_id(os.path.dirname(archives.SPOOL))
         self.mine = 0
 
     def _identity(self, part: Dataset) -> dict[str, Any]:
