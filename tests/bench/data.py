@@ -92,8 +92,10 @@ def requests(container: str, since: float) -> int:
          f"--since=@{since - 1:.0f}"],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    ours = [line.split() for line in log.splitlines() if re.search(rf"/{re.escape(container)}[/ ?%]", line)]
-    return sum(1 for words in ours if float(words[-3]) >= since)
+    ours = [line for line in log.splitlines() if re.search(rf"/{re.escape(container)}[/ ?%]", line)]
+    # a request's line ends in its begin, its end and the policy; others tell of a reader that went away
+    begun = [float(found[1]) for line in ours if (found := re.search(r" (\d+\.\d+) \d+\.\d+ \S+$", line))]
+    return sum(1 for at in begun if at >= since)
 
 
 # -- the two sides -------------------------------------------------------------------------------------------------
